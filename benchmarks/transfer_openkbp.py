@@ -1,0 +1,321 @@
+"""Does pre-training help on OpenKBP? Scratch and pre-trained over label counts, subsets and seeds.
+
+    python benchmarks/transfer_openkbp.py --data openkbp/ --work work/ [--stages ...]
+
+Resumable: each job is one line of `work/results.jsonl`; finished jobs are skipped, started ones
+resume from their checkpoint. Two jobs run at a time, one thread each. What each job runs is
+`spark3d finetune`, then `spark3d predict` and a Dice on the original grid of the scored cases.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+RATES = (1e-3, 3e-3, 6e-3)
+STEPS = 800
+PRETRAIN_SEEDS = (0, 1)
+ONE_CORE = ("optim.precision=bf16-mixed", "compute.threads=1", "compute.accelerator=cpu")
+STAGES = (
+    "prepare",
+    "pretrain",
+    "tune",
+    "pairs8",
+    "total",
+    "gate",
+    "shuffled",
+    "pairs20",
+    "pairsall",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One fine-tuning: its arm, how many labels, which subset of them, and its budget."""
+
+    stage: str
+    arm: str  # scratch, pre, shuffled
+    labels: int | None
+    subset: int
+    pretrain_seed: int | None
+    lr: float
+    steps: int = STEPS
+
+    @property
+    def key(self) -> str:
+        """Name of the job's folder."""
+        seed = "" if self.pretrain_seed is None else f"-p{self.pretrain_seed}"
+        count = self.labels or "all"
+        return f"{self.stage}-{self.arm}{seed}-n{count}-s{self.subset}-lr{self.lr:g}-{self.steps}"
+
+
+def pairs(stage: str, labels: int | None, subsets: int, best: dict[str, float]) -> list[Job]:
+    """Scratch and pre-trained on the same subset, with the same draws and the same initial head.
+
+    The pre-training seed alternates from subset to subset.
+    """
+    jobs = []
+    for subset in range(subsets):
+        jobs.append(Job(stage, "scratch", labels, subset, None, best["scratch"]))
+        jobs.append(Job(stage, "pre", labels, subset, PRETRAIN_SEEDS[subset % 2], best["pre"]))
+    return jobs
+
+
+def jobs_of(stage: str, best: dict[str, float], total_steps: int) -> list[Job]:
+    """The fine-tunings of one stage."""
+    if stage == "tune":  # both arms, same grid, training cases only; scored on other training cases
+        arms = (("scratch", None), ("pre", 0))
+        return [Job(stage, arm, 8, 100, seed, lr) for lr in RATES for arm, seed in arms]
+    if stage == "gate":  # is scratch trained enough? twice the steps must gain less than .03
+        return [Job(stage, "scratch", 8, s, None, best["scratch"], 2 * STEPS) for s in range(1)]
+    if stage == "shuffled":  # the pre-trained numbers, permuted within each tensor
+        return [Job(stage, "shuffled", 8, s, PRETRAIN_SEEDS[s], best["pre"]) for s in range(2)]
+    if stage == "total":  # scratch, given the compute of pre-training too
+        return [Job(stage, "scratch", 8, 0, None, best["scratch"], total_steps)]
+    labels, subsets = {"pairs8": (8, 5), "pairs20": (20, 2), "pairsall": (None, 1)}[stage]
+    return pairs(stage, labels, subsets, best)
+
+
+def run_job(job: Job, data: Path, work: Path) -> dict:
+    """Fine-tune, predict, score; one thread."""
+    import torch
+
+    from spark3d.commands.finetune import finetune_command
+
+    torch.set_num_threads(1)
+    out = work / "runs" / job.key
+    overrides = [
+        f"seed={job.subset}",
+        f"optim.lr={job.lr}",
+        f"optim.steps={job.steps}",
+        f"optim.warmup={job.steps // 10}",
+        *ONE_CORE,
+        "compute.checkpoint_every=200",
+        f"log.validate_every={job.steps // 2}",
+        "log.tensorboard=false",
+    ]
+    lists = split_lists(work, job)
+    overrides += ["split.use=list", f"split.train={json.dumps(lists['train'])}"]
+    overrides += [f"split.validation={json.dumps(lists['validation'])}"]
+    began = time.perf_counter()
+    finetune_command(
+        work / "store",
+        out,
+        encoder_of(job, work),
+        "openkbp_segresnet",
+        tuple(overrides),
+        allow_overlap=job.stage == "tune",  # scored there: training images, seen without labels
+    )
+    seconds = time.perf_counter() - began
+    scores = score(job, out, work, data, lists["validation"])
+    return {
+        "key": job.key,
+        **asdict(job),
+        "seconds": round(seconds, 1),
+        "train": lists["train"],
+        "dice": scores,
+        "curve": curve(out),
+    }
+
+
+def curve(out: Path) -> list[tuple[int, float]]:
+    """Mean Dice on the store's grid by step."""
+    from spark3d.engine.logging import read_metrics
+
+    lines = read_metrics(out / "metrics.jsonl")
+    return [(line["step"], line["dice"]) for line in lines if line["kind"] == "val"]
+
+
+def split_lists(work: Path, job: Job) -> dict[str, list[str]]:
+    """Training subset and scored cases of a job: the same for every arm."""
+    from spark3d.data.splits import few_labels
+    from spark3d.data.store import Store
+
+    cases = Store.open(work / "store").cases
+    training = [c.id for c in cases if c.section == "training"]
+    validation = [c.id for c in cases if c.section == "validation"]
+    if job.stage == "tune":
+        order = few_labels(training, 8 + 12, job.subset)
+        return {"train": list(order[:8]), "validation": list(order[8:])}
+    kept = few_labels(training, job.labels or len(training), job.subset)
+    return {"train": list(kept), "validation": validation}
+
+
+def encoder_of(job: Job, work: Path) -> Path | None:
+    """The encoder of an arm; the shuffled one is made on first use."""
+    if job.arm == "scratch":
+        return None
+    run = work / f"pretrain-seed{job.pretrain_seed}"
+    if job.arm == "pre":
+        return run
+    target = work / f"shuffled-seed{job.pretrain_seed}"
+    if not (target / "encoder.json").is_file():
+        shuffle(run, target)
+    return target
+
+
+def shuffle(run: Path, target: Path) -> None:
+    """A copy of encoder weights whose numbers are permuted in each tensor: scale, no features."""
+    import torch
+
+    from spark3d.weights.exchange import load_encoder, save_encoder
+
+    state, passport = load_encoder(run / "encoder.safetensors")
+    rng = torch.Generator().manual_seed(0)
+    mixed = {
+        k: v.flatten()[torch.randperm(v.numel(), generator=rng)].view_as(v)
+        for k, v in state.items()
+    }
+    target.mkdir(exist_ok=True)
+    save_encoder(target / "encoder.safetensors", mixed, passport)
+
+
+def score(job: Job, out: Path, work: Path, data: Path, cases: list[str]) -> dict:
+    """Dice per case and organ on the original grid: `spark3d predict` against the references."""
+    from spark3d.commands.predict import predict_command
+    from spark3d.data.io import read_label
+    from spark3d.evaluation.metrics import dice_per_label
+
+    images = work / "images" / job.stage
+    images.mkdir(parents=True, exist_ok=True)
+    for case in cases:
+        link = images / f"{case}.nii.gz"
+        if not link.exists():
+            link.symlink_to((data / "imagesTr" / link.name).resolve())
+    found = predict_command(
+        out,
+        images,
+        work / "predictions" / job.key,
+        overlap=0.25,
+        skip_empty=True,
+        batch=4,
+        amp=True,
+    )
+    organs = json.loads((data / "dataset.json").read_text())["labels"]
+    names = {int(number): name for number, name in organs.items() if int(number)}
+    scores = {}
+    for case in cases:
+        prediction = read_label(found / f"{case}.nii.gz").array[0]
+        reference = read_label(data / "labelsTr" / f"{case}.nii.gz").array[0]
+        dice = dice_per_label(prediction, reference, names)
+        scores[case] = {name: None if dice[k] != dice[k] else dice[k] for k, name in names.items()}
+    return scores
+
+
+def results(work: Path) -> list[dict]:
+    """All finished jobs."""
+    path = work / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def mean_dice(result: dict) -> float:
+    """Mean over organs of the mean over cases."""
+    import numpy as np
+
+    table = np.array([list(case.values()) for case in result["dice"].values()], dtype=float)
+    return float(np.nanmean(table, axis=0).mean())
+
+
+def best_rates(work: Path) -> dict[str, float]:
+    """Each arm's best learning rate on the tuning cases."""
+    tuned = [r for r in results(work) if r["stage"] == "tune"]
+    best = {}
+    for arm in ("scratch", "pre"):
+        mine = [r for r in tuned if r["arm"] == arm]
+        best[arm] = max(mine, key=mean_dice)["lr"] if mine else RATES[1]
+    return best
+
+
+def pretrain(data: Path, work: Path, seed: int) -> None:
+    """One pre-training run by the shipped recipe, one thread."""
+    out = work / f"pretrain-seed{seed}"
+    if (out / "encoder.json").is_file():
+        return
+    call = [
+        "spark3d",
+        "pretrain",
+        "openkbp_segresnet",
+        f"seed={seed}",
+        *ONE_CORE,
+        "log.panels_every=800",
+    ]
+    call += ["--data", str(work / "store"), "--out", str(out)]
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "spark3d.cli", *call[1:]], check=True)
+    note(work / "pretrain.jsonl", {"seed": seed, "seconds": time.perf_counter() - began})
+
+
+def note(path: Path, line: dict) -> None:
+    """Append one JSON line."""
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def start_job(job: Job, data: Path, work: Path) -> None:
+    """Run one fine-tuning in a process of its own, unless its line is there."""
+    if any(r["key"] == job.key for r in results(work)):
+        return
+    (work / "logs").mkdir(exist_ok=True)
+    call = [sys.executable, __file__, "--data", str(data), "--work", str(work)]
+    call += ["--job", json.dumps(asdict(job))]
+    with (work / "logs" / f"{job.key}.log").open("w") as log:
+        done = subprocess.run(
+            call, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+    print(f"{time.strftime('%H:%M:%S')} {job.key}: exit {done.returncode}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="OpenKBP in Decathlon layout")
+    parser.add_argument("--work", type=Path, required=True, help="folder for all that is made")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    data, work = options.data.resolve(), options.work.resolve()
+    if options.job:
+        note(work / "results.jsonl", run_job(Job(**json.loads(options.job)), data, work))
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(2) as pool:
+        if "prepare" in options.stages:
+            from spark3d.commands.prepare import prepare_command
+
+            prepare_command(data, work / "store", "4.5,4.5,3.0")
+        if "pretrain" in options.stages:
+            list(pool.map(lambda seed: pretrain(data, work, seed), PRETRAIN_SEEDS))
+        if "tune" in options.stages:
+            jobs = jobs_of("tune", {}, 0)
+            list(pool.map(lambda job: start_job(job, data, work), jobs))
+        best, steps = best_rates(work), total_steps(work)
+        rest = [s for s in options.stages if s not in ("prepare", "pretrain", "tune")]
+        jobs = [job for stage in rest for job in jobs_of(stage, best, steps)]
+        list(pool.map(lambda job: start_job(job, data, work), jobs))
+
+
+def total_steps(work: Path) -> int:
+    """Fine-tuning steps that take as long as pre-training and fine-tuning together."""
+    import numpy as np
+
+    pre = work / "pretrain-seed0" / "metrics.jsonl"
+    fine = sorted((work / "runs").glob("tune-scratch-*/metrics.jsonl"))
+    if not pre.is_file() or not fine:
+        return 3 * STEPS
+
+    def seconds(path: Path) -> float:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return float(np.median([line["seconds"] for line in lines if line["kind"] == "train"]))
+
+    steps = sum(1 for _ in pre.open())
+    return STEPS + int(steps * seconds(pre) / seconds(fine[0]) / 100) * 100
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What packed cells are compared with, and how: see docs/performance.md."""

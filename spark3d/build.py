@@ -1,0 +1,339 @@
+"""From recipes to objects: the only place where names become constructors."""
+
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from spark3d.config import (
+    AugmentSection,
+    ComputeSection,
+    DataSection,
+    FinetuneRecipe,
+    LocalMIMSection,
+    LossSection,
+    OptimSection,
+    PretrainRecipe,
+    SparKSection,
+    WindowSection,
+)
+from spark3d.data.augment import Affine, Augment, Flips, Intensity
+from spark3d.data.crops import CropRule
+from spark3d.data.intensity import Window
+from spark3d.engine.optim import build_optimizer, parameter_groups
+from spark3d.engine.schedule import learning_rate, weight_decay
+from spark3d.errors import ConfigError, EnvironmentProblem
+from spark3d.models.backbones import Backbone, build_backbone, synchronise_norms
+from spark3d.models.balance import balance_stages, can_balance, stage_spreads
+from spark3d.models.decoder import LightDecoder, OfficialDecoder
+from spark3d.models.densify import Densify
+from spark3d.models.losses import DiceCrossEntropy
+from spark3d.models.segmenter import build_segmenter, encoder_of
+from spark3d.objectives.a2mim import A2MIM
+from spark3d.objectives.base import Objective
+from spark3d.objectives.localmim import LocalMIM
+from spark3d.objectives.spark import SparK
+from spark3d.sparse.encoder import SparseEncoder
+from spark3d.weights.exchange import LoadReport, load_into
+from spark3d.weights.passport import Passport
+from spark3d.weights.segmenters import ModelCard, load_model
+
+LIGHT_WIDTH, OFFICIAL_WIDTH = 256, 768
+
+
+def fabric(compute: ComputeSection, precision: str) -> Fabric:
+    """Devices, ranks and precision; launched.
+
+    Under torchrun or srun the launcher has decided how many processes there are; where the recipe
+    says `auto`, they work together.
+    """
+    if compute.threads != "auto":
+        torch.set_num_threads(compute.threads)
+    devices, nodes, strategy = compute.devices, compute.nodes, compute.strategy
+    if (processes := launched_processes()) is not None:
+        local, nodes = processes
+        devices = local if devices == "auto" else devices
+        strategy = "ddp" if strategy == "auto" and local * nodes > 1 else strategy
+    try:
+        runner = Fabric(
+            accelerator=compute.accelerator,
+            devices=devices,
+            num_nodes=nodes,
+            strategy=strategy,
+            precision=precision,  # type: ignore[arg-type]
+        )
+    except (MisconfigurationException, ImportError, ValueError, RuntimeError) as error:
+        kind = ConfigError if isinstance(error, ValueError) else EnvironmentProblem
+        raise kind(
+            f"compute.accelerator={compute.accelerator}, devices={devices}, strategy={strategy}, "
+            f"optim.precision={precision}: {error}"
+        ) from error
+    runner.launch()
+    return runner
+
+
+def launched_processes() -> tuple[int, int] | None:
+    """Processes per node and nodes as torchrun or srun started us; None if neither did."""
+    if TorchElasticEnvironment.detect():
+        return int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["GROUP_WORLD_SIZE"])
+    if SLURMEnvironment.detect():
+        nodes = int(os.environ.get("SLURM_NNODES", 1))
+        return int(os.environ.get("SLURM_NTASKS", 1)) // nodes, nodes
+    return None
+
+
+def sizes(value: int | tuple[int, ...], ndim: int, key: str) -> tuple[int, ...]:
+    """One number per axis.
+
+    Raises:
+        ConfigError: another number of axes.
+    """
+    given = (value,) * ndim if isinstance(value, int) else tuple(value)
+    if len(given) != ndim or min(given) < 1:
+        raise ConfigError(
+            f"{key}={value} needs one positive number, or one for each of {ndim} axes"
+        )
+    return given
+
+
+def backbone(
+    name: str, ndim: int, in_channels: int, options: Mapping[str, Any], classes: int | None = None
+) -> Backbone:
+    """The named network; segmentation networks get their number of classes."""
+    chosen = dict(options)
+    if classes is not None and name in SEGMENTATION_NETWORKS:
+        chosen["out_channels"] = classes
+    return build_backbone(name, ndim, in_channels, **chosen)
+
+
+SEGMENTATION_NETWORKS = (
+    "monai/segresnet",
+    "monai/dynunet",
+    "monai/mednext_s",
+    "monai/mednext_b",
+    "monai/mednext_m",
+    "monai/mednext_l",
+    "nnunet/resenc",
+)
+
+
+def densify_norm(network: nn.Module) -> Literal["bn", "ln", "gn"]:
+    """The norm of SparK's densify that goes with an encoder's own: batch, layer or group norm."""
+    kinds = [type(m).__name__.lower() for m in network.modules()]
+    if any("batchnorm" in kind for kind in kinds):
+        return "bn"
+    return "gn" if any("groupnorm" in k or "instancenorm" in k for k in kinds) else "ln"
+
+
+def objective(recipe: PretrainRecipe, synchronised: bool = False) -> Objective:
+    """The network, its encoder and the task around it, on the CPU.
+
+    Args:
+        recipe: resolved.
+        synchronised: batch norms of the encoder take their statistics over all ranks.
+    """
+    model, section, ndim = recipe.model, recipe.objective, recipe.dims
+    net = backbone(model.backbone, ndim, model.in_channels, model.options)
+    network = synchronise_norms(net.network) if synchronised else net.network
+    encoder = SparseEncoder(network, net.stages, ndim, backend=model.backend)
+    if isinstance(section, SparKSection):
+        return spark(section, net, encoder)
+    if isinstance(section, LocalMIMSection):
+        assert recipe.mask.cell_size != "auto", "the recipe is not resolved"
+        cell = sizes(recipe.mask.cell_size, ndim, "mask.cell_size")
+        return LocalMIM(
+            encoder,
+            cell,
+            model.in_channels,
+            section.taps,
+            section.target,
+            section.width,
+            section.kernel,
+        )
+    return A2MIM(
+        encoder,
+        model.in_channels,
+        section.token_at,
+        section.mode,
+        section.fourier,
+        section.focal,
+        section.average_spectrum,
+        fill_from_visible=section.fill_from_visible,
+        head_norm=section.head_norm,
+    )
+
+
+def spark(section: SparKSection, net: Backbone, encoder: SparseEncoder) -> SparK:
+    """SparK with its decoder at full resolution, or the light one that stops before it."""
+    if section.decoder == "official":
+        width = OFFICIAL_WIDTH if section.decoder_width == "auto" else section.decoder_width
+        decoder = OfficialDecoder(net.strides, net.in_channels, width, section.decoder_norm)
+    else:
+        width = LIGHT_WIDTH if section.decoder_width == "auto" else section.decoder_width
+        stop = None if section.stop_stride == "auto" else section.stop_stride
+        decoder = LightDecoder(net.strides, net.in_channels, width, stop, section.decoder_norm)
+    norm = densify_norm(net.network) if section.densify_norm == "auto" else section.densify_norm
+    dense = Densify(net.channels, decoder.widths, net.ndim, norm, decoder.folds)
+    return SparK(encoder, dense, decoder, section.eps, section.min_variance)
+
+
+def segmenter(
+    recipe: FinetuneRecipe,
+    classes: int,
+    weights: tuple[dict[str, Tensor], Passport] | None,
+    crops: Callable[[], Tensor],
+) -> tuple[nn.Module, LoadReport | None]:
+    """The segmentation network, with encoder weights loaded if there are any.
+
+    Args:
+        recipe: Resolved.
+        classes: Background included.
+        weights: Encoder weights and their passport; None for a start from scratch.
+        crops: Gives a batch of training crops, by which the stages are balanced.
+
+    Raises:
+        ConfigError: the weights are of another backbone or cover less than 95 % of the encoder.
+    """
+    model = recipe.model
+    net = backbone(model.backbone, recipe.dims, model.in_channels, model.options, classes)
+    network = build_segmenter(net, classes)
+    if weights is None:
+        return network, None
+    state, passport = weights
+    balanced = can_balance(network) if model.balance == "auto" else model.balance
+    if not balanced:
+        return network, load_into(network, state, passport=passport, backbone=model.backbone)
+    batch = crops()
+    fresh = stage_spreads(network, batch)
+    report = load_into(network, state, passport=passport, backbone=model.backbone)
+    balance_stages(network, fresh, batch)
+    return network, report
+
+
+def encoder_parameters(network: nn.Module, report: LoadReport | None) -> frozenset[str]:
+    """Names, in the whole network, of the parameters that came from the encoder weights."""
+    if report is None:
+        return frozenset()
+    inside = encoder_of(network)
+    prefix = next(name for name, module in network.named_modules() if module is inside)
+    dot = f"{prefix}." if prefix else ""
+    return frozenset(dot + key for key in (*report.matched, *report.reshaped))
+
+
+@dataclass(frozen=True)
+class LoadedSegmenter:
+    """A fine-tuned network and how to feed it.
+
+    Attributes:
+        network: In evaluation mode, on the CPU: `(b, c, *size)` to logits `(b, k, *size)`.
+        spacing_mm: Voxel size it reads.
+        window: Maps physical intensities to its range.
+        crop: Window of prediction, voxels per axis.
+        labels: Name of every foreground class.
+        card: All that is known of it.
+    """
+
+    network: nn.Module
+    spacing_mm: tuple[float, ...]
+    window: Window
+    crop: tuple[int, ...]
+    labels: dict[int, str]
+    card: ModelCard
+
+
+def load_segmenter(path: Path) -> LoadedSegmenter:
+    """Rebuild the network of a fine-tuning run (its folder or its `model.safetensors`).
+
+    Raises:
+        DataError: files missing or damaged.
+        ConfigError: the weights do not fit the network their card describes.
+    """
+    state, card = load_model(path)
+    kind = card.backbone
+    net = backbone(
+        kind["name"], kind["ndim"], kind["in_channels"], kind["options"], card.out_channels
+    )
+    network = build_segmenter(net, card.out_channels)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: weights and card disagree: {error}") from None
+    labels = {int(number): name for number, name in card.labels.items()}
+    return LoadedSegmenter(
+        network.eval(), card.spacing_mm, Window(**card.window), card.crop, labels, card
+    )
+
+
+def segmentation_loss(section: LossSection, classes: int) -> nn.Module:
+    """Dice plus cross-entropy on logits `(b, k, *size)` and labels `(b, *size)`."""
+    weights = None
+    if section.foreground_weight != 1:
+        weights = [1.0] + [section.foreground_weight] * (classes - 1)
+    return DiceCrossEntropy(
+        weights,
+        section.dice_weight,
+        section.ce_weight,
+        section.include_background,
+        section.batch_dice,
+    )
+
+
+def set_up(
+    runner: Fabric,
+    module: nn.Module,
+    optim: OptimSection,
+    pretrained: Collection[str] = (),
+) -> tuple[nn.Module, Optimizer]:
+    """Wrap module and optimiser; `encoder_lr_ratio` scales the rates of the `pretrained`."""
+    inside = frozenset(pretrained)
+    groups = parameter_groups(module, lambda name: name in inside, optim.encoder_lr_ratio)
+    optimizer = build_optimizer(optim.name, groups, optim.lr, optim.betas, optim.momentum)
+    return runner.setup(module, optimizer)  # type: ignore[return-value]
+
+
+def step_settings(optim: OptimSection, step: int) -> tuple[float, float]:
+    """Learning rate and weight decay of one step, counted from 0."""
+    lr = learning_rate(
+        step,
+        optim.steps,
+        optim.lr,
+        optim.warmup,
+        optim.schedule,
+        optim.warmup_start,
+        optim.final,
+    )
+    return lr, weight_decay(step, optim.steps, optim.weight_decay, optim.weight_decay_end)
+
+
+def window(section: WindowSection) -> Window:
+    """The intensity window of a resolved recipe."""
+    return Window(**section.model_dump())
+
+
+def crop_rule(data: DataSection, labelled: bool) -> CropRule:
+    """Crops on the body, or around classes for labelled cases."""
+    kind = "balanced" if labelled else "foreground"
+    return CropRule(kind, data.body_fraction, data.class_crops)
+
+
+def augment(section: AugmentSection, spacing_mm: tuple[float, ...]) -> Augment:
+    """The random changes of a crop."""
+    affine = Affine(
+        section.affine,
+        section.degrees,
+        section.zoom,
+        section.stretch,
+        spacing_mm,
+        margin=0.25 if section.affine else 0.0,
+    )
+    intensity = Intensity(section.intensity, section.scale, section.shift, section.noise)
+    return Augment(affine, Flips(section.flips, section.swap), intensity)

@@ -1,0 +1,342 @@
+"""The `spark3d` command: options in, one call, one line per error; imports little until it runs."""
+
+import errno
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import typer
+
+from spark3d import __version__
+from spark3d.errors import ConfigError, DataError, EnvironmentProblem, Interrupted
+
+app = typer.Typer(
+    help="Pre-train convolutional networks on unlabelled volumes; fine-tune them for segmentation.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="A recipe (name or YAML file), then overrides `section.key=value`."),
+]
+Geometry = Literal["agree", "sform", "qform"]
+
+
+def split_recipe(arguments: list[str] | None) -> tuple[str | None, tuple[str, ...]]:
+    """The recipe's name, if the first argument is not an override, and the overrides."""
+    given = arguments or []
+    if given and "=" not in given[0]:
+        return given[0], tuple(given[1:])
+    return None, tuple(given)
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    """Self-supervised pre-training of convolutional networks on volumes (SparK in N dimensions)."""
+    if show:
+        typer.echo(f"spark3d {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def prepare(
+    data: Annotated[
+        Path, typer.Option(help="Decathlon task, nnU-Net or BTCV folder, or any folder of NIfTI.")
+    ],
+    out: Annotated[Path, typer.Option(help="Store to write; an interrupted one is completed.")],
+    spacing: Annotated[
+        str, typer.Option(help="Target spacing in mm, e.g. 1.5,1.5,2; auto: the median.")
+    ] = "auto",
+    modality: Annotated[str, typer.Option(help="auto, CT or MR.")] = "auto",
+    geometry: Annotated[
+        Geometry, typer.Option(help="Which to trust where sform and qform differ; agree: refuse.")
+    ] = "agree",
+    nan_fill: Annotated[
+        float | None, typer.Option(help="Value in place of NaN; without it NaN is refused.")
+    ] = None,
+    group_pattern: Annotated[
+        str | None, typer.Option(help="Regular expression whose first group is the patient's id.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes; 0 works in this one.")] = 2,
+    max_bad: Annotated[
+        int | None,
+        typer.Option(help="Unusable cases to accept; default 1 in 100 unlabelled, 0 labelled."),
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="i/n: prepare only this share, e.g. in a job array.")
+    ] = None,
+    end_shards: Annotated[
+        bool, typer.Option(help="End a store that was prepared in shares.")
+    ] = False,
+    memory_gib: Annotated[
+        float | None, typer.Option(help="Memory for all workers; default half of the machine's.")
+    ] = None,
+) -> None:
+    """Check volumes, orient, resample, crop to the body and store them for fast reading.
+
+    Example: `spark3d prepare --data scans/ --out store/ --spacing 1.5,1.5,2`
+    """
+    from spark3d.commands.prepare import prepare_command
+
+    prepare_command(
+        data, out, spacing, modality, geometry, nan_fill, group_pattern, workers, max_bad,
+        shard=shard, end_shards=end_shards, memory_gib=memory_gib,
+    )  # fmt: skip
+
+
+@app.command()
+def pretrain(
+    arguments: Overrides = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Store, folder of volumes, or images with --dims 2.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; an existing run resumes.")] = None,
+    dims: Annotated[int | None, typer.Option(help="2 or 3; default the recipe's, else 3.")] = None,
+    exclude: Annotated[
+        Path | None, typer.Option(help="Text file of case ids never to read, one a line.")
+    ] = None,
+) -> None:
+    """Pre-train an encoder on unlabelled volumes (or images) by masked reconstruction.
+
+    Examples:
+
+    `spark3d pretrain --data scans/ --out runs/pre`
+
+    `spark3d pretrain spark_resnet50_3d optim.steps=20000 --data store/ --out runs/pre`
+
+    `spark3d pretrain spark_resnet50_2d --dims 2 --data photos/ --out runs/pre2d`
+    """
+    from spark3d.commands.pretrain import pretrain_command
+
+    recipe, overrides = split_recipe(arguments)
+    target = pretrain_command(
+        required(data, "--data"), required(out, "--out"), recipe, overrides, dims, exclude
+    )
+    typer.echo(f"encoder weights: {target}")
+
+
+@app.command()
+def finetune(
+    arguments: Overrides = None,
+    data: Annotated[Path | None, typer.Option(help="Store or folder of labelled volumes.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; an existing run resumes.")] = None,
+    encoder: Annotated[
+        Path | None, typer.Option(help="encoder.safetensors or its run; without: from scratch.")
+    ] = None,
+    allow_overlap: Annotated[
+        bool, typer.Option(help="Go on although validation volumes were seen in pre-training.")
+    ] = False,
+) -> None:
+    """Fine-tune a MONAI segmentation network on labelled volumes, from an encoder or from scratch.
+
+    Examples:
+
+    `spark3d finetune --data labelled/ --encoder runs/pre --out runs/fine`
+
+    `spark3d finetune split.labels=8 optim.steps=600 --data store/ --out runs/scratch8`
+    """
+    from spark3d.commands.finetune import finetune_command
+
+    recipe, overrides = split_recipe(arguments)
+    done = finetune_command(
+        required(data, "--data"), required(out, "--out"), encoder, recipe, overrides, allow_overlap
+    )
+    typer.echo(f"model: {done.model}")
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Option(help="Run folder of a fine-tuning, or its model.")],
+    data: Annotated[Path, typer.Option(help="Folder of volumes, or one volume.")],
+    out: Annotated[Path, typer.Option(help="Gets a label map per case; finished ones are kept.")],
+    overlap: Annotated[float, typer.Option(help="Of neighbouring windows, 0 to below 1.")] = 0.5,
+    flips: Annotated[
+        str, typer.Option(help="Axes to mirror in extra passes, e.g. 0 (left-right) or 0,1.")
+    ] = "",
+    skip_empty: Annotated[bool, typer.Option(help="Leave out windows of nothing but air.")] = False,
+    batch: Annotated[int, typer.Option(help="Windows per forward pass.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    amp: Annotated[bool, typer.Option(help="Forward passes in bfloat16.")] = False,
+    section: Annotated[
+        str | None, typer.Option(help="Only the cases a dataset lists so, e.g. validation.")
+    ] = None,
+    geometry: Annotated[
+        Geometry, typer.Option(help="Which to trust where sform and qform differ; agree: refuse.")
+    ] = "agree",
+    nan_fill: Annotated[float | None, typer.Option(help="Value in place of NaN.")] = None,
+) -> None:
+    """Segment whole volumes by sliding windows; label maps come back on each file's own grid.
+
+    Example: `spark3d predict --model runs/fine --data scans/ --out predictions/`
+    """
+    from spark3d.commands.predict import predict_command
+
+    axes = [int(part) for part in numbers(flips, "--flips")]
+    predict_command(
+        model, data, out, overlap, axes, skip_empty, batch, device, amp, section, geometry, nan_fill
+    )
+
+
+@app.command()
+def evaluate(
+    predictions: Annotated[Path, typer.Option(help="Folder of predicted label maps.")],
+    references: Annotated[Path, typer.Option(help="Dataset, or folder of reference label maps.")],
+    out: Annotated[Path, typer.Option(help="Gets evaluation.json, evaluation.csv and overlays.")],
+    name: Annotated[str | None, typer.Option(help="What tables call these predictions.")] = None,
+    tolerance_mm: Annotated[float, typer.Option(help="Of the normalised surface Dice.")] = 2.0,
+    partial: Annotated[bool, typer.Option(help="Leave out references without prediction.")] = False,
+) -> None:
+    """Score predictions per case and organ, in mm, on the original grid.
+
+    Example: `spark3d evaluate --predictions predictions/ --references labels/ --out scores/`
+    """
+    from spark3d.commands.evaluate import evaluate_command
+
+    evaluate_command(predictions, references, out, name, tolerance_mm=tolerance_mm, partial=partial)
+
+
+@app.command()
+def report(
+    folders: Annotated[
+        list[str], typer.Argument(help="Run and evaluation folders, as FOLDER or NAME=FOLDER.")
+    ],
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "spark3d report",
+) -> None:
+    """One HTML page that opens offline: what ran, curves, reconstructions, scores, overlays.
+
+    Example: `spark3d report runs/pre runs/fine scratch=scores/a pre-trained=scores/b`
+    """
+    from spark3d.commands.report import report_command
+
+    typer.echo(f"report: {report_command(folders, out, title)}")
+
+
+@app.command()
+def check(
+    backbone: Annotated[str, typer.Argument(help="E.g. monai/segresnet, timm/resnet50.")],
+    dims: Annotated[int, typer.Option(help="Spatial axes: 1, 2 or 3.")] = 3,
+    in_channels: Annotated[int, typer.Option(help="Channels of the input.")] = 1,
+    ratio: Annotated[float, typer.Option(help="Share of hidden cells.")] = 0.6,
+    cell_size: Annotated[
+        int | None, typer.Option(help="Voxels of a cell per axis; default the total stride.")
+    ] = None,
+) -> None:
+    """Prove that a backbone leaks nothing when masked, and that both backends agree on it.
+
+    Example: `spark3d check monai/segresnet --dims 3`
+    """
+    from spark3d.commands.check import check_command
+
+    check_command(backbone, dims, in_channels, ratio, cell_size)
+
+
+@bench.command("core")
+def bench_core(
+    out: Annotated[Path, typer.Option(help="JSON of results; an existing one is completed.")],
+    measures: Annotated[
+        str, typer.Option(help="time, saved (activations), peak (memory), with commas.")
+    ] = "time,saved,peak",
+    curve: Annotated[
+        bool, typer.Option(help="Growth over crop size and share of hidden cells: takes long.")
+    ] = False,
+    quick: Annotated[bool, typer.Option(help="Tiny networks: only to see it run.")] = False,
+    threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
+    seconds: Annotated[float, typer.Option(help="Of timing per case.")] = 60.0,
+    rounds: Annotated[int, typer.Option(help="Counted per case, at most.")] = 9,
+    minutes: Annotated[
+        float | None, typer.Option(help="No new measurement begins after so many.")
+    ] = None,
+) -> None:
+    """Packed cells against the whole grid times the mask: time, saved activations, peak memory.
+
+    Example: `spark3d bench core --out bench.json`
+    """
+    from spark3d.commands.bench import bench_core_command
+
+    names = [part.strip() for part in measures.split(",") if part.strip()]
+    bench_core_command(
+        out, names, quick=quick, curve=curve, threads=threads, seconds=seconds, rounds=rounds,
+        minutes=minutes,
+    )  # fmt: skip
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for phantoms, runs and the report.")] = Path(
+        "demo"
+    ),
+    steps: Annotated[
+        int | None, typer.Option(help="Of each training; few only show that everything runs.")
+    ] = None,
+) -> None:
+    """The whole way on procedural CT phantoms: no download, no GPU, about ten minutes on two cores.
+
+    Example: `spark3d demo --out demo`
+    """
+    from spark3d.commands.demo import demo_command
+
+    demo_command(out, steps)
+
+
+def numbers(text: str, option: str) -> list[str]:
+    """The parts of a comma-separated list of whole numbers.
+
+    Raises:
+        ConfigError: something else stands there.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdigit() for part in parts):
+        raise ConfigError(f"{option}={text} must be numbers with commas, e.g. 0,1")
+    return parts
+
+
+def required(value: Path | None, option: str) -> Path:
+    """The option's value.
+
+    Raises:
+        ConfigError: it was not given.
+    """
+    if value is None:
+        raise ConfigError(f"{option} is missing; see --help for a worked example")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and leave; a user's mistake is one line and an exit code: 2, 3, 4 or 75.
+
+    Args:
+        arguments: as on the command line, without the program's name; None takes those given there.
+    """
+    try:
+        app(arguments, prog_name="spark3d")
+    except (ConfigError, DataError, EnvironmentProblem, Interrupted) as error:
+        fail(str(error), error.exit_code)
+    except OSError as error:
+        if error.errno not in MACHINE_ERRORS:
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        fail(f"{error.strerror}{place}; free space or check rights, then repeat the command", 4)
+
+
+MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Say what is wrong in one line and leave."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    sys.stderr.write(f"error: {'; '.join(lines)}\n")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

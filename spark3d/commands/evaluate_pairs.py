@@ -1,0 +1,183 @@
+"""Which prediction belongs to which reference, and whether the two can be compared."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spark3d.commands.predict_ledger import FILE as PREDICT_FILE
+from spark3d.data.checks import check_same_grid, fault
+from spark3d.data.grid import Volume
+from spark3d.data.io import read_label
+from spark3d.data.privacy import safe_cases
+from spark3d.data.sources import CaseSource, find
+from spark3d.errors import DataError
+
+DATASETS = ("dataset.json", "RawData", "Abdomen", "Training", "Testing", "img", "imagesTr")
+"""Names in a folder that tell a dataset from a plain folder of label maps."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One case: its prediction, its reference, and its image where that is known."""
+
+    id: str
+    prediction: Path
+    reference: Path
+    image: Path | None = None
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """All cases to score.
+
+    Args:
+        cases: in the order of their ids.
+        labels: label -> organ.
+        window: darkest and brightest intensity for pictures, None to choose by case.
+        unpredicted: references left out for lack of a prediction.
+    """
+
+    cases: tuple[Pair, ...]
+    labels: dict[int, str]
+    window: tuple[float, float] | None
+    unpredicted: tuple[str, ...]
+
+
+def find_pairs(
+    predictions: Path, references: Path, labels: Mapping[int, str] | None, partial: bool
+) -> Pairs:
+    """Pair label maps by case id.
+
+    Of a dataset, only the sections that have predictions count, such as its validation cases.
+
+    Raises:
+        DataError: no such folder, no file, cases without a partner (all listed), no labels known.
+    """
+    predicted = label_files(predictions, "predictions")
+    record = _record(predictions)
+    cases, declared = _references(references)
+    known = {c.id: c for c in cases if c.label is not None}
+    strange = sorted(predicted.keys() - known.keys())
+    if strange:
+        raise DataError(
+            f"{len(strange)} predictions in {predictions} have no reference in {references}: "
+            f"{_some(strange)}; give the folder of their labels, with files called alike"
+        )
+    sections = {known[case].section for case in predicted}
+    wanted = {case for case, c in known.items() if c.section in sections}
+    missing = sorted(wanted - predicted.keys())
+    if missing and not partial:
+        raise DataError(
+            f"{len(missing)} references in {references} have no prediction in {predictions}: "
+            f"{_some(missing)}; predict them, or ask for a partial evaluation"
+        )
+    images = {k: Path(v["image"]) for k, v in record.get("cases", {}).items() if "image" in v}
+    pairs = []
+    for case in sorted(predicted):
+        reference = known[case]
+        given = None if reference.image == reference.label else reference.image
+        pairs.append(
+            Pair(case, predicted[case], reference.label or Path(), images.get(case, given))
+        )
+    return Pairs(
+        tuple(pairs),
+        dict(labels or _labels(record) or declared or _found(pairs)),
+        _window(record),
+        tuple(missing),
+    )
+
+
+def read_pair(pair: Pair, labels: Iterable[int]) -> tuple[Volume, Volume]:
+    """Reference and prediction of a case, on one grid, with declared labels only.
+
+    Raises:
+        DataError: they are on two grids, or hold other labels; names the case.
+    """
+    reference, prediction = read_label(pair.reference), read_label(pair.prediction)
+    try:
+        check_same_grid(prediction.source, reference.source, pair.id)
+    except DataError:
+        raise fault(
+            "E-EVAL-GRID", pair.id,
+            f"a prediction of size {prediction.source.size} on another grid than the reference of "
+            f"size {reference.source.size}", "one grid, to 1e-3 mm",
+            "predict from the image that the reference was drawn on",
+        ) from None  # fmt: skip
+    for volume, what in ((reference, "reference"), (prediction, "prediction")):
+        allowed = {0, *labels}
+        wrong = sorted({int(v) for v in np.unique(volume.array)} - allowed)
+        if wrong:
+            raise fault(
+                "E-LABEL-RANGE", pair.id, f"the labels {_some(wrong)} in the {what}",
+                f"the declared labels {_some(sorted(allowed))}",
+                "declare these labels, or map them to declared ones",
+            )  # fmt: skip
+    return reference, prediction
+
+
+def label_files(folder: Path, what: str) -> dict[str, Path]:
+    """Case id -> label map of the NIfTI files that lie directly in a folder.
+
+    Raises:
+        DataError: no such folder, or none in it.
+    """
+    if not folder.is_dir():
+        raise DataError(f"no such folder of {what}: {folder}")
+    files = [f for f in sorted(folder.iterdir()) if f.name.endswith((".nii", ".nii.gz"))]
+    found = {f.name.removesuffix(".gz").removesuffix(".nii"): f for f in files}
+    if not files:
+        raise DataError(f"no NIfTI file in the folder of {what}, {folder}")
+    if len(found) < len(files):
+        raise DataError(f"{folder} holds a case twice, as .nii and .nii.gz; keep one of the two")
+    return found
+
+
+def _references(folder: Path) -> tuple[list[CaseSource], dict[int, str]]:
+    """Labelled cases and declared labels of a dataset or of a plain folder of label maps."""
+    if folder.is_dir() and any((folder / name).exists() for name in DATASETS):
+        found = find(folder)
+        named = {v: name for name, v in (found.labels or {}).items() if v}
+        return safe_cases(found.cases)[0], named
+    files = label_files(folder, "references")
+    return [CaseSource(id=case, image=file, label=file) for case, file in files.items()], {}
+
+
+def _record(predictions: Path) -> dict[str, Any]:
+    file = predictions / PREDICT_FILE
+    if not file.is_file():
+        return {}
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise DataError(f"{file} is damaged; predict again, or move it away")
+    return record
+
+
+def _labels(record: Mapping[str, Any]) -> dict[int, str]:
+    return {int(k): str(name) for k, name in record.get("labels", {}).items()}
+
+
+def _found(pairs: Iterable[Pair]) -> dict[int, str]:
+    """Names for the labels that occur in the references, where nobody declared any."""
+    values = {int(v) for pair in pairs for v in np.unique(read_label(pair.reference).array)}
+    if not values - {0}:
+        raise DataError("no label in any reference; give the folder of the reference labels")
+    return {v: f"label {v}" for v in sorted(values - {0})}
+
+
+def _window(record: Mapping[str, Any]) -> tuple[float, float] | None:
+    window = record.get("window", {})
+    low, high = window.get("low"), window.get("high")
+    return None if low is None or high is None else (float(low), float(high))
+
+
+def _some(values: Iterable[object], most: int = 8) -> str:
+    texts = [str(v) for v in values]
+    rest = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + rest

@@ -1,0 +1,251 @@
+"""What pre-training reads: cases or images, the plan made from them, the stream of crops."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from spark3d import build
+from spark3d.commands.stores import (
+    SHOWN,
+    check_crop,
+    existing_folder,
+    fixed,
+    open_store,
+    padding_notes,
+    planned,
+    shared_batch,
+    some,
+    volume_crops,
+)
+from spark3d.config import FinetuneRecipe, PretrainRecipe, resolve, to_tree
+from spark3d.data.images2d import ImageCrops, scan_images
+from spark3d.data.plan import suggest_plan
+from spark3d.data.record import CaseRecord
+from spark3d.data.store import Store
+from spark3d.data.stream import Numbered, Sample, batches
+from spark3d.engine.logging import step_progress
+from spark3d.errors import ConfigError, DataError
+from spark3d.sparse.mask import CellMask, random_mask
+from spark3d.weights.passport import Passport
+
+BODY_VARIANCE = 1e-4
+"""A cell that varies less, in the network's range squared, is air for body-aware masks."""
+
+
+@dataclass(frozen=True)
+class PretrainInputs:
+    """Everything a pre-training run reads, resolved.
+
+    Attributes:
+        recipe: without any `auto`.
+        crops: the numbered stream.
+        hashes: content hashes of the volumes in it; none for images, whose names and sizes count.
+        identity: one hash over all that is read.
+        spacing_mm: of the store; None for images.
+        notes: what was chosen from the data, and why; for the screen.
+    """
+
+    recipe: PretrainRecipe
+    crops: Numbered
+    hashes: tuple[str, ...]
+    identity: str
+    spacing_mm: tuple[float, ...] | None
+    notes: tuple[str, ...]
+
+    @property
+    def cell_size(self) -> tuple[int, ...]:
+        """Voxels of a cell per axis."""
+        return build.sizes(fixed(self.recipe.mask.cell_size), self.recipe.dims, "mask.cell_size")
+
+    def batches(self, done: int, rank: int, world: int) -> Iterator[Sample]:
+        """Batches of the steps after `done`."""
+        return stream(self.recipe, self.crops, done, rank, world)
+
+    def mask(self, batch: Sample, rng: torch.Generator, rank: int = 0, world: int = 1) -> CellMask:
+        """Which cells of a batch are visible; body-aware where the recipe says so.
+
+        Drawn for the batches of all ranks, of which this rank keeps its own, so that a sample's
+        mask does not depend on the number of ranks.
+        """
+        recipe, crop, cell = self.recipe, batch["crop"], self.cell_size
+        grid = tuple(n // c for n, c in zip(crop.shape[2:], cell, strict=True))
+        mine = slice(rank * len(crop), (rank + 1) * len(crop))
+        body = None
+        if recipe.mask.body_aware:
+            body = torch.zeros(world * len(crop), *grid, dtype=torch.bool)
+            body[mine] = body_cells(crop, cell)
+        drawn = random_mask(world * len(crop), grid, recipe.mask.ratio, cell, rng, body)
+        return CellMask(drawn.visible[mine], cell, drawn.n_visible)
+
+    def passport(self) -> Passport:
+        """What travels with the encoder weights."""
+        recipe = self.recipe
+        images = recipe.dims == 2
+        return Passport(
+            backbone=recipe.model.backbone,
+            ndim=recipe.dims,
+            in_channels=recipe.model.in_channels,
+            options=recipe.model.options,
+            axes="" if images else "RAS",
+            spacing_mm=self.spacing_mm,
+            intensity={"normalise": "imagenet"} if images else to_tree(fixed(recipe.data.window)),
+            objective=recipe.objective.name,
+            recipe=to_tree(recipe),
+            content_hashes=self.hashes,
+            steps=recipe.optim.steps,
+        )
+
+
+def body_cells(crop: Tensor, cell: Sequence[int]) -> Tensor:
+    """True for cells of `(b, c, *size)` whose voxels vary, `(b, *grid)`: tissue rather than air."""
+    split = crop
+    for axis, side in enumerate(cell):
+        split = split.unflatten(2 + 2 * axis, (-1, side))
+    inner = [1, *range(3, split.ndim, 2)]
+    return split.float().var(dim=inner) > BODY_VARIANCE
+
+
+def stream(
+    recipe: PretrainRecipe | FinetuneRecipe, crops: Numbered, done: int, rank: int, world: int
+) -> Iterator[Sample]:
+    """The batches of a run after `done` steps, for one rank."""
+    optim, compute = recipe.optim, recipe.compute
+    return batches(crops, fixed(optim.batch), done, optim.steps, compute.workers, rank, world)
+
+
+def pretrain_inputs(
+    recipe: PretrainRecipe, data: Path, out: Path, exclude: Path | None, fabric: Fabric
+) -> PretrainInputs:
+    """Open (or prepare) the data, choose what the recipe leaves to them, and build the stream.
+
+    Cases that the data set lists for validation or testing are never read, nor those that
+    `exclude` names.
+    """
+    check_early(recipe)
+    if recipe.dims == 2:
+        return image_inputs(recipe, data, fabric)
+    barred = excluded_ids(exclude)
+    store, why = open_store(data, out, recipe.data.spacing_mm, fabric)
+    if exclude and not barred & {r.id for r in store.cases}:
+        raise DataError(
+            f"--exclude {exclude} names no case of {data}, only {some(sorted(barred)) or 'nothing'}"
+            f"; ids there are like {store.cases[0].id}"
+        )
+    records = [r for r in store.cases if r.section not in HELD_OUT and r.id not in barred]
+    if not records:
+        raise DataError(
+            f"{data}: every case is for validation or excluded, none is left to train on"
+        )
+    recipe, notes = plan_pretraining(recipe, store, records, fabric.world_size)
+    crops = volume_crops(store, records, recipe, labelled=False)
+    notes = [
+        f"{len(records)} of {len(store)} cases, for pre-training",
+        f"spacing {' x '.join(f'{s:g}' for s in store.spacing_mm)} mm: {why}",
+        *notes,
+        *padding_notes(crops),
+    ]
+    hashes = tuple(r.content_hash for r in records)
+    return PretrainInputs(recipe, crops, hashes, one_hash(hashes), store.spacing_mm, tuple(notes))
+
+
+def check_early(recipe: PretrainRecipe) -> None:
+    """Refuse what is wrong whatever the data are, before hours go into preparing them."""
+    cell = network_stride(recipe)
+    crop, key = recipe.data.crop, "data.crop"
+    if recipe.dims == 2:
+        crop, key = recipe.images.crop, "images.crop"
+    if crop != "auto":
+        check_crop(build.sizes(crop, recipe.dims, key), cell, key, "mask.cell_size=", least=2)
+
+
+def one_hash(parts: Sequence[str]) -> str:
+    """One hash over many, whatever their order."""
+    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
+
+
+def image_inputs(recipe: PretrainRecipe, data: Path, fabric: Fabric) -> PretrainInputs:
+    """Scan a folder of ordinary images and build their stream."""
+    existing_folder(data, "give a folder of PNG or JPEG files")
+    if recipe.model.in_channels != 3:
+        raise ConfigError(
+            f"images have 3 channels, the recipe model.in_channels={recipe.model.in_channels}; "
+            "set model.in_channels=3"
+        )
+    with step_progress("scanning images", 0, show=fabric.is_global_zero) as bar:
+        images = scan_images(data, recipe.images.max_bad, progress=bar.update)
+    notes = [f"{len(images.files)} images{image_faults(images.bad)}"]
+    if images.converted:
+        found = ", ".join(f"{count} of mode {mode}" for mode, count in images.converted.items())
+        notes.append(f"read as RGB: {found}")
+    cell = network_stride(recipe)
+    changes: dict[str, Any] = {"mask.cell_size": cell, "data.crop": recipe.images.crop}
+    changes["optim.batch"] = shared_batch(recipe.optim.batch, IMAGE_BATCH, fabric.world_size)
+    if recipe.optim.batch == "auto":
+        notes.append(f"batch {changes['optim.batch']}: set optim.batch to what the memory holds")
+    recipe = resolve(recipe, changes)
+    crop = build.sizes(recipe.images.crop, 2, "images.crop")
+    crops = ImageCrops(images, crop, recipe.seed, recipe.images.scale)
+    names = [f"{file} {(images.folder / file).stat().st_size}" for file in images.files]
+    return PretrainInputs(recipe, crops, (), one_hash(names), None, tuple(notes))
+
+
+def image_faults(bad: Mapping[str, str]) -> str:
+    """How many images were left out, and the first of them by name and reason."""
+    if not bad:
+        return "; none left out"
+    listed = [f"{name} ({reason})" for name, reason in list(bad.items())[:SHOWN]]
+    more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+    return f"; {len(bad)} left out: {', '.join(listed)}{more}"
+
+
+IMAGE_BATCH = 32
+
+
+def network_stride(recipe: PretrainRecipe) -> tuple[int, ...]:
+    """Voxels of a cell per axis: as the recipe says, else the encoder's total stride."""
+    model, ndim = recipe.model, recipe.dims
+    if recipe.mask.cell_size != "auto":
+        return build.sizes(recipe.mask.cell_size, ndim, "mask.cell_size")
+    return build.backbone(model.backbone, ndim, model.in_channels, model.options).stride
+
+
+HELD_OUT = ("validation", "test")
+
+
+def excluded_ids(path: Path | None) -> frozenset[str]:
+    """Case ids of a text file, one a line."""
+    if path is None:
+        return frozenset()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read --exclude {path}: {error}") from None
+    return frozenset(line.strip() for line in lines if line.strip())
+
+
+def plan_pretraining(
+    recipe: PretrainRecipe, store: Store, records: Sequence[CaseRecord], world: int
+) -> tuple[PretrainRecipe, list[str]]:
+    """Replace every `auto` of the recipe by a value chosen from the data, with the reason."""
+    model, cell = recipe.model, network_stride(recipe)
+    channels = {r.channels for r in records}
+    if channels != {model.in_channels}:
+        raise ConfigError(
+            f"the volumes have {sorted(channels)} channels, the recipe model.in_channels="
+            f"{model.in_channels}; set it, or leave out the cases that differ"
+        )
+    plan = suggest_plan(records, store.spacing_mm, cell)
+    changes, notes = planned(recipe.data, plan)
+    if recipe.mask.cell_size == "auto":
+        changes["mask.cell_size"] = cell
+        notes.append(f"cells of {cell} voxels: the total stride of {model.backbone}")
+    changes["optim.batch"] = shared_batch(recipe.optim.batch, plan.batch, world)
+    if recipe.optim.batch == "auto":
+        notes.append(f"batch {changes['optim.batch']}: {plan.reasons['batch']}")
+    return resolve(recipe, {"data.spacing_mm": store.spacing_mm, **changes}), notes

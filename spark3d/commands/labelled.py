@@ -1,0 +1,283 @@
+"""What fine-tuning reads: labelled cases, their split, encoder weights, the stream of crops."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from spark3d import build
+from spark3d.commands.inputs import stream
+from spark3d.commands.stores import (
+    check_crop,
+    fixed,
+    open_store,
+    padding_notes,
+    planned,
+    shared_batch,
+    some,
+    volume_crops,
+)
+from spark3d.config import FinetuneRecipe, resolve, to_tree
+from spark3d.data.loader import VolumeCrops
+from spark3d.data.plan import suggest_plan
+from spark3d.data.record import CaseRecord
+from spark3d.data.splits import few_labels, held_out
+from spark3d.data.store import Store
+from spark3d.data.stream import Sample
+from spark3d.errors import ConfigError, DataError
+from spark3d.weights.exchange import load_encoder
+from spark3d.weights.passport import Passport
+from spark3d.weights.segmenters import ModelCard
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FinetuneInputs:
+    """Everything a fine-tuning run reads, resolved.
+
+    Attributes:
+        recipe: without any `auto`.
+        store: of the labelled cases.
+        crops: the numbered stream of training crops.
+        train: ids of the training cases.
+        validation: ids of the validation cases.
+        labels: name of every foreground class.
+        weights: encoder weights and their passport; None for a start from scratch.
+        notes: what was chosen from the data, and why; for the screen.
+    """
+
+    recipe: FinetuneRecipe
+    store: Store
+    crops: VolumeCrops
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    labels: dict[int, str]
+    weights: tuple[dict[str, Tensor], Passport] | None
+    notes: tuple[str, ...]
+
+    @property
+    def classes(self) -> int:
+        """Channels of the output, background included."""
+        return max(self.labels) + 1
+
+    @property
+    def crop(self) -> tuple[int, ...]:
+        """Voxels per axis."""
+        return build.sizes(fixed(self.recipe.data.crop), self.recipe.dims, "data.crop")
+
+    def identity(self) -> dict[str, Any]:
+        """What, beside the recipe, fixes the result."""
+        return {
+            "encoder": self.weights[1].sha256 if self.weights else None,
+            "train": list(self.train),
+            "validation": list(self.validation),
+        }
+
+    def batches(self, done: int, rank: int, world: int) -> Iterator[Sample]:
+        """Batches of the steps after `done`."""
+        return stream(self.recipe, self.crops, done, rank, world)
+
+    def first_crops(self) -> Tensor:
+        """The first crops of the stream, `(8, c, *size)`."""
+        return torch.stack([self.crops[number]["crop"] for number in range(8)])
+
+    def whole(self, case: str) -> tuple[Tensor, np.ndarray]:
+        """A case as the network reads it, `(c, *size)`, and its label map, on the store's grid."""
+        record = self.store.record(case)
+        window = build.window(fixed(self.recipe.data.window))
+        mean = [channel.mean for channel in record.intensity]
+        std = [channel.std for channel in record.intensity]
+        volume = window.apply(self.store.read(case), mean, std)
+        return torch.from_numpy(volume), self.store.read_label(case)
+
+    def card(self) -> ModelCard:
+        """What travels with the fine-tuned model."""
+        model, data = self.recipe.model, self.recipe.data
+        seen = self.weights[1] if self.weights else None
+        return ModelCard(
+            backbone={
+                "name": model.backbone,
+                "ndim": self.recipe.dims,
+                "in_channels": model.in_channels,
+                "options": dict(model.options),
+            },
+            out_channels=self.classes,
+            labels={str(number): name for number, name in self.labels.items()},
+            spacing_mm=self.store.spacing_mm,
+            window=to_tree(fixed(data.window)),
+            crop=self.crop,
+            swap=data.augment.swap,
+            encoder=seen.sha256 if seen else "",
+            pretrained_on=seen.content_hashes if seen else (),
+            trained_on=tuple(self.store.record(case).content_hash for case in self.train),
+            recipe=to_tree(self.recipe),
+        )
+
+
+def finetune_inputs(
+    recipe: FinetuneRecipe,
+    data: Path,
+    out: Path,
+    encoder: Path | None,
+    fabric: Fabric,
+    allow_overlap: bool,
+) -> FinetuneInputs:
+    """Open (or prepare) the data, split it, choose what the recipe leaves open."""
+    if recipe.dims != 3:
+        raise ConfigError("fine-tuning reads volumes, so it needs dims=3, not dims=2")
+    weights = load_encoder(encoder_file(encoder)) if encoder else None
+    recipe, notes = plan_from_encoder(recipe, weights[1] if weights else None)
+    model = recipe.model
+    unit = build.backbone(model.backbone, recipe.dims, model.in_channels, model.options).stride
+    store, why = open_store(data, out, recipe.data.spacing_mm, fabric)
+    labelled = [r for r in store.cases if r.has_label]
+    if not labelled:
+        raise DataError(f"{data} has no labelled case; see `spark3d prepare --help`")
+    train, validation = split_cases(recipe, labelled)
+    check_channels(recipe, [*train, *validation])
+    if weights:
+        refuse_overlap(weights[1], train, validation, allow_overlap)
+    recipe, reasons = plan_finetuning(recipe, store, train, unit, fabric.world_size)
+    labels = label_names(store, labelled)
+    crops = volume_crops(store, train, recipe, labelled=True)
+    notes += [
+        f"spacing {' x '.join(f'{s:g}' for s in store.spacing_mm)} mm: {why}",
+        *reasons,
+        *padding_notes(crops),
+        f"{len(train)} training and {len(validation)} validation cases, labels {labels}",
+    ]
+    ids = tuple(r.id for r in train), tuple(r.id for r in validation)
+    return FinetuneInputs(recipe, store, crops, *ids, labels, weights, tuple(notes))
+
+
+def plan_finetuning(
+    recipe: FinetuneRecipe,
+    store: Store,
+    train: Sequence[CaseRecord],
+    unit: tuple[int, ...],
+    world: int,
+) -> tuple[FinetuneRecipe, list[str]]:
+    """Replace what is still `auto`; crops are whole multiples of the network's stride `unit`."""
+    plan = suggest_plan(train, store.spacing_mm, unit)
+    changes, reasons = planned(recipe.data, plan)
+    changes["optim.batch"] = shared_batch(recipe.optim.batch, plan.batch, world)
+    resolved = resolve(recipe, {"data.spacing_mm": store.spacing_mm, **changes})
+    crop = build.sizes(fixed(resolved.data.crop), resolved.dims, "data.crop")
+    check_crop(crop, unit, "data.crop", "the network's stride ")
+    return resolved, reasons
+
+
+def check_channels(recipe: FinetuneRecipe, records: Sequence[CaseRecord]) -> None:
+    """Refuse volumes with other channels than the network reads.
+
+    Raises:
+        ConfigError: names the key to set.
+    """
+    channels = sorted({r.channels for r in records})
+    if channels != [recipe.model.in_channels]:
+        raise ConfigError(
+            f"the volumes have {channels} channels, the recipe model.in_channels="
+            f"{recipe.model.in_channels}; set it, or leave out the cases that differ"
+        )
+
+
+def encoder_file(path: Path) -> Path:
+    """The weights' file, given it or the folder of the run that wrote it."""
+    return path / "encoder.safetensors" if path.is_dir() else path
+
+
+def plan_from_encoder(
+    recipe: FinetuneRecipe, passport: Passport | None
+) -> tuple[FinetuneRecipe, list[str]]:
+    """Take backbone, spacing and window from the passport where the recipe says `auto`."""
+    if passport is None:
+        if recipe.model.backbone == "auto":
+            return resolve(recipe, {"model.backbone": "monai/segresnet"}), []
+        return recipe, []
+    changes: dict[str, Any] = {}
+    if recipe.model.backbone not in ("auto", passport.backbone):
+        raise ConfigError(
+            f"the encoder is {passport.backbone}, the recipe model.backbone={recipe.model.backbone}"
+            "; leave model.backbone out, or give an encoder of that network"
+        )
+    if passport.ndim != recipe.dims:
+        raise ConfigError(
+            f"the encoder was pre-trained in {passport.ndim}D, fine-tuning is in {recipe.dims}D; "
+            f"give an encoder that was pre-trained with dims={recipe.dims}"
+        )
+    if recipe.model.backbone == "auto":
+        changes["model.backbone"] = passport.backbone
+        changes["model.options"] = dict(passport.options)
+    if recipe.data.spacing_mm == "auto" and passport.spacing_mm:
+        changes["data.spacing_mm"] = passport.spacing_mm
+    if recipe.data.window == "auto" and "mode" in passport.intensity:
+        changes["data.window"] = dict(passport.intensity)
+    notes = [f"{key}={value}: as the encoder was pre-trained" for key, value in changes.items()]
+    return resolve(recipe, changes), notes
+
+
+def split_cases(
+    recipe: FinetuneRecipe, labelled: Sequence[CaseRecord]
+) -> tuple[list[CaseRecord], list[CaseRecord]]:
+    """Training and validation cases by the recipe's section `split`."""
+    split = recipe.split
+    by_id = {r.id: r for r in labelled}
+    if split.use == "list":
+        unknown = [i for i in (*split.train, *split.validation) if i not in by_id]
+        if unknown or not split.train:
+            raise ConfigError(
+                f"split.train and split.validation name cases without a label here: {unknown[:5]}"
+                if unknown
+                else "split.use=list needs ids in split.train"
+            )
+        train = [by_id[i] for i in split.train]
+        validation = [by_id[i] for i in split.validation]
+    else:
+        validation = [r for r in labelled if r.section == "validation"]
+        train = [r for r in labelled if r.section == "training"]
+        if split.use == "share" or not validation:
+            train = [r for r in labelled if r.section != "test"]
+            held = held_out({r.id: r.group for r in train}, split.validation_share)
+            validation = [r for r in train if r.id in held]
+            train = [r for r in train if r.id not in held]
+    if split.labels is not None:
+        kept = few_labels([r.id for r in train], split.labels, split.subset_seed)
+        train = [by_id[i] for i in kept]
+    return train, validation
+
+
+def refuse_overlap(
+    passport: Passport,
+    train: Sequence[CaseRecord],
+    validation: Sequence[CaseRecord],
+    allow: bool,
+) -> None:
+    """Warn of training volumes seen in pre-training; refuse validation volumes that were.
+
+    Raises:
+        DataError: names the cases, unless `allow`.
+    """
+    seen = frozenset(passport.content_hashes)
+    leaked = [r.id for r in validation if r.content_hash in seen]
+    if leaked:
+        told = f"{len(leaked)} validation volumes were seen in pre-training: {some(leaked)}"
+        if not allow:
+            raise DataError(f"{told}; pre-train without them, or pass --allow-overlap")
+        log.warning("%s; scores on them are not those of unseen cases", told)
+    both = sum(r.content_hash in seen for r in train)
+    if both:
+        log.info("  %d of %d training volumes were seen in pre-training", both, len(train))
+
+
+def label_names(store: Store, labelled: Sequence[CaseRecord]) -> dict[int, str]:
+    """Names by class number: those of the data set, else `class 1`, `class 2`, ..."""
+    names = {value: name for name, value in (store.settings["labels"] or {}).items()}
+    present = sorted({value for r in labelled for value in r.labels or () if value > 0})
+    return {value: names.get(value, f"class {value}") for value in sorted({*present, *names} - {0})}

@@ -1,0 +1,256 @@
+"""`spark3d predict`: a model and raw volumes in, label maps on each file's own grid out."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from spark3d.build import LoadedSegmenter, load_segmenter
+from spark3d.commands.predict_ledger import Ledger
+from spark3d.data.case import PrepareSpec, prepare_case
+from spark3d.data.geometry import resample_onto
+from spark3d.data.io import write_label
+from spark3d.data.nifti_header import Geometry
+from spark3d.data.privacy import safe_cases
+from spark3d.data.sources import CaseSource, find
+from spark3d.errors import ConfigError, DataError, EnvironmentProblem
+from spark3d.evaluation.flips import mirrored_pairs
+from spark3d.evaluation.regrid import labels_onto
+from spark3d.evaluation.windows import OnWindow, WindowPlan, predict_labels, predict_logits
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PredictSettings:
+    """What changes the label maps, beside model and volumes; recorded and held on a restart.
+
+    Args:
+        overlap: of neighbouring windows, in [0, 1).
+        flips: axes (0 is left-right) to mirror, alone and together, in extra passes.
+        skip_empty: leave out windows without a voxel above the lower end of the intensity window.
+        amp: autocast to bfloat16.
+        max_class_map_gib: above it probabilities are not kept, and labels are moved to the source
+            grid instead.
+        geometry: which part of a contradictory header to trust, "agree" for none.
+        nan_fill: value for NaN voxels; None refuses them.
+    """
+
+    overlap: float = 0.5
+    flips: tuple[int, ...] = ()
+    skip_empty: bool = False
+    amp: bool = False
+    max_class_map_gib: float = 4.0
+    geometry: Geometry = "agree"
+    nan_fill: float | None = None
+
+
+def predict_command(
+    model: Path,
+    data: Path,
+    out: Path,
+    overlap: float = 0.5,
+    flips: Sequence[int] = (),
+    skip_empty: bool = False,
+    batch: int = 1,
+    device: str = "auto",
+    amp: bool = False,
+    section: str | None = None,
+    geometry: Geometry = "agree",
+    nan_fill: float | None = None,
+    max_class_map_gib: float = 4.0,
+    console: Console | None = None,
+) -> Path:
+    """Segment volumes; finished label maps of an earlier call with the same model are left alone.
+
+    Args:
+        model: run folder of a fine-tuning, or its `model.safetensors`.
+        data: folder of volumes in any known layout, or one NIfTI file.
+        out: gets `<case>.nii.gz` and `predict.json`.
+        batch: windows per forward pass.
+        device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1", ...
+        section: only the cases of one section of a dataset, such as "validation".
+        console: where progress is drawn; stderr by default.
+
+    The other arguments are those of `PredictSettings`.
+
+    Raises:
+        ConfigError: settings that make no sense, or `out` holds something else.
+        DataError: no volume, or volumes that could not be segmented (after all others were).
+        EnvironmentProblem: no such device, no right to write.
+    """
+    settings = PredictSettings(
+        overlap, tuple(flips), skip_empty, amp, max_class_map_gib, geometry, nan_fill
+    )
+    console = console or Console(stderr=True)
+    segmenter = load_segmenter(model)
+    plan = window_plan(segmenter, settings, batch)
+    segmenter.network.to(chosen_device(device))
+    cases = cases_of(data, section)
+    ledger = Ledger.open(out, model, segmenter, asdict(settings))
+    todo = [case for case in cases if not ledger.is_done(case.id)]
+    if len(todo) < len(cases):
+        console.print(f"{len(cases) - len(todo)} of {len(cases)} cases are there already")
+
+    failed: dict[str, str] = {}
+    with _progress(console) as bar:
+        whole = bar.add_task("cases", total=len(cases), completed=len(cases) - len(todo))
+        for case in todo:
+            part = bar.add_task(case.id, total=None)
+            begun = time.perf_counter()
+            try:
+                how = segment(
+                    segmenter, case, out, plan, settings,
+                    lambda done, of, part=part: bar.update(part, completed=done, total=of),
+                )  # fmt: skip
+            except DataError as error:
+                failed[case.id] = str(error)
+                log.warning("left out %s", error)
+            else:
+                ledger.add(case, how, time.perf_counter() - begun)
+            bar.remove_task(part)
+            bar.advance(whole)
+    if failed:
+        raise DataError(
+            f"{len(failed)} of {len(cases)} volumes could not be segmented: "
+            + "; ".join(failed.values())
+        )
+    return out
+
+
+def segment(
+    segmenter: LoadedSegmenter,
+    case: CaseSource,
+    out: Path,
+    plan: WindowPlan,
+    settings: PredictSettings,
+    on_window: OnWindow | None = None,
+) -> str:
+    """Segment one case and write its label map; returns what was moved to the source grid.
+
+    The volume is prepared just as a store is: oriented, resampled, cut to the body.
+    """
+    spec = PrepareSpec(
+        spacing_mm=_three(segmenter.spacing_mm),
+        geometry=settings.geometry,
+        nan_fill=settings.nan_fill,
+        fourth_axis=segmenter.card.backbone["in_channels"] > 1,
+    )
+    prepared = prepare_case(replace(case, label=None), spec)
+    record = prepared.record
+    if record.channels != segmenter.card.backbone["in_channels"]:
+        raise DataError(
+            f"{case.id} has {record.channels} channels, the model reads "
+            f"{segmenter.card.backbone['in_channels']}; choose the volumes it was trained for"
+        )
+    intensities = prepared.voxels * record.scale + record.shift
+    volume = torch.from_numpy(segmenter.window.apply(intensities, record.mean, record.std))
+    size, affine = record.source.ras()
+    gib = 4 * segmenter.card.out_channels * volume[0].numel() / 2**30
+    if gib <= settings.max_class_map_gib:
+        logits = predict_logits(segmenter.network, volume, plan, on_window)
+        probabilities = torch.softmax(logits, 0, out=logits).numpy()
+        labels = labels_onto(probabilities, record.affine, size, affine)
+        how = "probabilities"
+    else:
+        small = predict_labels(segmenter.network, volume, plan, on_window).numpy()
+        moved = resample_onto(small, record.affine, size, affine, label=True)
+        labels = moved.astype(small.dtype, copy=False)
+        how = "labels"
+    write_label(out / f"{case.id}.nii.gz", labels, record.source)
+    return how
+
+
+def window_plan(segmenter: LoadedSegmenter, settings: PredictSettings, batch: int) -> WindowPlan:
+    """Windows as large as the crops of training, mirrored passes with left and right exchanged.
+
+    Raises:
+        ConfigError: a model of images, or flips that the labels give no meaning to.
+    """
+    if len(segmenter.crop) != 3:
+        raise ConfigError(
+            f"predict reads volumes; this model was trained on crops {segmenter.crop}"
+        )
+    axes = sorted(set(settings.flips))
+    sets = tuple(s for n in range(1, len(axes) + 1) for s in combinations(axes, n))
+    swaps = segmenter.card.swap or (mirrored_pairs(segmenter.labels) if 0 in axes else ())
+    if settings.skip_empty and segmenter.window.mode != "unit":
+        raise ConfigError(
+            "skip_empty needs a model with a unit window, where air is 0; this one has mode "
+            f"{segmenter.window.mode}"
+        )
+    return WindowPlan(
+        tuple(segmenter.crop),
+        settings.overlap,
+        batch,
+        sets,
+        swaps,
+        empty_below=0.0 if settings.skip_empty else None,
+        amp_dtype=torch.bfloat16 if settings.amp else None,
+    )
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device of a name; "auto" is the GPU where there is one.
+
+    Raises:
+        EnvironmentProblem: the machine has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise EnvironmentProblem(f"no device {name!r} here ({reason}); use --device cpu") from None
+    return device
+
+
+def cases_of(data: Path, section: str | None) -> list[CaseSource]:
+    """The volumes to segment, under names that may stand in files.
+
+    Raises:
+        DataError: none.
+    """
+    if data.is_file():
+        name = data.name.removesuffix(".gz").removesuffix(".nii")
+        cases = [CaseSource(id=name, image=data)]
+    else:
+        cases = list(find(data).cases)
+    if section is not None:
+        known = sorted({c.section for c in cases})
+        cases = [c for c in cases if c.section == section]
+        if not cases:
+            raise DataError(f"{data} has no section {section!r}; it has {', '.join(known)}")
+    return safe_cases(cases)[0]
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _three(spacing_mm: Sequence[float]) -> tuple[float, float, float]:
+    x, y, z = spacing_mm
+    return x, y, z

@@ -1,0 +1,94 @@
+"""`predict.json`: what made the label maps of a folder, and which of them are whole."""
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from spark3d.build import LoadedSegmenter
+from spark3d.commands.runs import versions
+from spark3d.data.files import write_atomic
+from spark3d.data.sources import CaseSource
+from spark3d.errors import ConfigError, EnvironmentProblem
+from spark3d.weights.exchange import file_sha256
+
+FILE = "predict.json"
+
+
+class Ledger:
+    """`predict.json`: what made the label maps of a folder, and which of them are whole."""
+
+    def __init__(self, folder: Path, record: dict[str, Any]) -> None:
+        self.folder, self.record = folder, record
+
+    @classmethod
+    def open(
+        cls, folder: Path, model: Path, segmenter: LoadedSegmenter, settings: Mapping[str, Any]
+    ) -> "Ledger":
+        """Start a folder, or go on with one of the same model and settings.
+
+        Raises:
+            ConfigError: the folder holds something else.
+            EnvironmentProblem: it cannot be made.
+        """
+        record = {
+            "kind": "predict",
+            "command": shlex.join(["spark3d", *sys.argv[1:]]),
+            "model": str(model),
+            "model_sha256": segmenter.card.sha256,
+            "settings": json.loads(json.dumps(settings)),
+            "labels": {str(k): name for k, name in segmenter.labels.items()},
+            "window": asdict(segmenter.window),
+            "versions": versions(),
+            "cases": {},
+        }
+        file = folder / FILE
+        if file.is_file():
+            record["cases"] = _same_prediction(file, record)
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"--out {folder} holds something else; choose a new folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"cannot write --out {folder}: {error.strerror}; choose another folder"
+            ) from None
+        ledger = cls(folder, record)
+        ledger._write()
+        return ledger
+
+    def is_done(self, case: str) -> bool:
+        """Whether the label map of a case is there, byte for byte as it was written."""
+        file, entry = self.folder / f"{case}.nii.gz", self.record["cases"].get(case)
+        return entry is not None and file.is_file() and file_sha256(file) == entry["sha256"]
+
+    def add(self, case: CaseSource, moved: str, seconds: float) -> None:
+        """Note a label map that has just been written."""
+        self.record["cases"][case.id] = {
+            "image": str(case.image.resolve()),
+            "sha256": file_sha256(self.folder / f"{case.id}.nii.gz"),
+            "moved": moved,
+            "seconds": round(seconds, 2),
+        }
+        self._write()
+
+    def _write(self) -> None:
+        write_atomic(self.folder / FILE, (json.dumps(self.record, indent=1) + "\n").encode())
+
+
+def _same_prediction(file: Path, record: dict[str, Any]) -> dict[str, Any]:
+    try:
+        old = json.loads(file.read_text(encoding="utf-8"))
+        cases = dict(old["cases"])
+        different = [k for k in ("model_sha256", "settings", "labels") if old[k] != record[k]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{file} cannot be read; choose a new folder for --out") from None
+    if different:
+        raise ConfigError(
+            f"--out {file.parent} holds predictions with other {', '.join(different)}; choose a "
+            "new folder"
+        )
+    return cases

@@ -1,0 +1,197 @@
+"""`spark3d prepare`: a folder of volumes in, a store of prepared cases out."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from spark3d.data.nifti_header import Geometry
+from spark3d.data.prepare import PrepareReport, PrepareSpec, finalize, prepare
+from spark3d.data.sources import FoundCases, find
+from spark3d.data.store import Store
+from spark3d.errors import ConfigError
+
+
+def prepare_command(
+    data: Path,
+    out: Path,
+    spacing: str = "auto",
+    modality: str = "auto",
+    geometry: Geometry = "agree",
+    nan_fill: float | None = None,
+    group_pattern: str | None = None,
+    workers: int = 2,
+    max_bad: int | None = None,
+    chunk: int = 64,
+    shard: str | None = None,
+    end_shards: bool = False,
+    memory_gib: float | None = None,
+    console: Console | None = None,
+) -> PrepareReport | None:
+    """Prepare the cases of a folder into a store and say what became of each.
+
+    Args:
+        data: Decathlon task, nnU-Net dataset, BTCV tree, or any folder of NIfTI files.
+        out: the store; an interrupted run goes on where it stopped.
+        spacing: "auto" (median of the data), one number for all axes, or "x,y,z" in mm, RAS+.
+        modality: "auto", "CT" or "MR".
+        geometry: "agree" refuses contradictory headers, "sform" or "qform" trusts that one.
+        nan_fill: value for NaN voxels; they are refused otherwise.
+        group_pattern: regular expression that finds the patient in a case's id (first group).
+        workers: processes; 0 works in this one.
+        max_bad: unusable cases to accept.
+        chunk: voxels per axis of a chunk on disk, 64 or 32.
+        shard: "i/n", i from 1: prepare only this share, e.g. in a job array.
+        end_shards: end a store prepared in shares (all must be there) and do nothing else.
+        memory_gib: memory that all workers together may take.
+        console: where to print.
+
+    Returns:
+        The account of all cases; None with `end_shards`.
+
+    Raises:
+        ConfigError: an option makes no sense, or `out` holds something else.
+        DataError: unusable cases, or none at all.
+        EnvironmentProblem: no room or right to write.
+    """
+    console = console or Console()
+    if end_shards:
+        console.print(f"{finalize(out)} cases in {out}")
+        return None
+
+    found = find(data, group_pattern)
+    _show_found(found, data, console)
+    spec = PrepareSpec(
+        spacing_mm=parse_spacing(spacing),
+        modality=_choose(modality, found.modality),
+        geometry=geometry,
+        fourth_axis=found.fourth_axis,
+        nan_fill=nan_fill,
+        labels=found.labels,
+        chunk=_one_of("chunk", chunk, (32, 64)),
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("preparing", total=len(found.cases))
+        report = prepare(
+            found.cases,
+            out,
+            spec,
+            workers=workers,
+            progress=lambda done, total, _: bar.update(task, completed=done, total=total),
+            max_bad=max_bad,
+            shard=parse_shard(shard),
+            memory_gib=memory_gib,
+        )
+        bar.update(task, completed=report.total, total=report.total)
+
+    _show_report(report, console)
+    if shard is None:
+        _show_store(Store.open(out), console)
+    return report
+
+
+def parse_spacing(text: str) -> tuple[float, float, float] | None:
+    """Read "auto", "1.5" or "1.5,1.5,2".
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if text == "auto":
+        return None
+    try:
+        numbers = [float(part) for part in text.replace("x", ",").split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 1:
+        numbers *= 3
+    if len(numbers) != 3 or not all(1e-3 <= number <= 100 for number in numbers):
+        raise ConfigError(
+            f"--spacing {text}: give 'auto', one number, or three like 1.5,1.5,2 (mm, RAS order)"
+        )
+    x, y, z = numbers
+    return x, y, z
+
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """Read "2/8" as share 1 (from 0) of 8.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if text is None:
+        return None
+    part, _, count = text.partition("/")
+    if not (part.isdigit() and count.isdigit() and 1 <= int(part) <= int(count)):
+        raise ConfigError(f"--shard {text}: give I/N with I from 1 to N, like 2/8")
+    return int(part) - 1, int(count)
+
+
+def _choose(asked: str, declared: str) -> str:
+    return declared if asked == "auto" else _one_of("modality", asked, ("CT", "MR"))
+
+
+def _one_of(name: str, value: Any, allowed: tuple) -> Any:
+    if value not in allowed:
+        raise ConfigError(f"--{name} {value}: give one of {', '.join(map(str, allowed))}")
+    return value
+
+
+def _show_found(found: FoundCases, data: Path, console: Console) -> None:
+    sections: dict[str, int] = {}
+    for case in found.cases:
+        sections[case.section] = sections.get(case.section, 0) + 1
+    parts = ", ".join(f"{n} {section}" for section, n in sorted(sections.items()))
+    labelled = sum(case.label is not None for case in found.cases)
+    console.print(
+        f"{data}: {len(found.cases)} cases ({found.layout} layout; {parts}; {labelled} labelled)"
+    )
+    if found.passed_over:
+        shown = ", ".join(path.name for path in found.passed_over[:3])
+        console.print(
+            f"  passed over {len(found.passed_over)} files named as label maps ({shown}, ...)",
+            markup=False,
+        )
+
+
+def _show_report(report: PrepareReport, console: Console) -> None:
+    console.print(
+        f"{report.total} cases = {len(report.written)} written + {len(report.skipped)} already "
+        f"there + {len(report.failed)} left out"
+    )
+    for reason in report.failed.values():
+        console.print(f"  left out: {reason}", markup=False)
+    for same in report.duplicates:
+        console.print(f"  same voxels: {', '.join(same)}")
+    for old, new in report.renamed.items():
+        console.print(f"  renamed: {old} -> {new}", markup=False)
+
+
+def _show_store(store: Store, console: Console) -> None:
+    sizes = sorted(record.size for record in store.cases)
+    table = Table(title=f"store {store.folder}", show_header=False)
+    table.add_row("cases", str(len(store)))
+    table.add_row("spacing", " x ".join(f"{s:g}" for s in store.spacing_mm) + " mm")
+    middle = [sorted(size[axis] for size in sizes)[len(sizes) // 2] for axis in range(3)]
+    table.add_row("median size", " x ".join(map(str, middle)))
+    table.add_row("modality", ", ".join(sorted({record.modality for record in store.cases})))
+    classes = sorted({value for record in store.cases for value in record.labels or ()})
+    table.add_row("classes", ", ".join(map(str, classes)) or "none")
+    console.print(table)

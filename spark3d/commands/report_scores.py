@@ -1,0 +1,226 @@
+"""Evaluations as the report shows them: tables, spreads, cases, and a verdict in words."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from spark3d.evaluation.results import FILE, Evaluation, load_evaluation, shared_organs
+from spark3d.evaluation.statistics import PairedDifference
+from spark3d.evaluation.tables import Cell, Row, Table, compare, digits, format_cell
+from spark3d.reports.curves import Scores, box_chart, pair_chart
+from spark3d.reports.html import (
+    CaseCard,
+    CaseGroup,
+    Change,
+    Chart,
+    Headline,
+    ScoreCell,
+    ScoreRow,
+    ScoreTable,
+    Tone,
+    picture,
+)
+
+LOWER_IS_BETTER = ("hd95_mm", "asd_mm")
+UNDER_TRAINED = 0.3
+"""An organ of the first run below this mean Dice makes a comparison say little."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An evaluation and the folder it was read from."""
+
+    folder: Path
+    scores: Evaluation
+
+
+def read_scores(name: str | None, folder: Path) -> Scored:
+    """Read an evaluation folder; `name` replaces the one in it."""
+    scores = load_evaluation(folder)
+    return Scored(folder, replace(scores, name=name) if name else scores)
+
+
+def score_table(runs: Sequence[Evaluation], metric: str) -> ScoreTable:
+    """One metric of all runs for the page."""
+    table = compare(runs, metric)
+    tolerance = runs[0].settings.get("tolerance_mm")
+    titles = {
+        "dice": "Dice",
+        "nsd": f"NSD within {tolerance:g} mm" if isinstance(tolerance, int | float) else "NSD",
+        "hd95_mm": "HD95, mm",
+        "asd_mm": "Mean surface distance, mm",
+        "volume_error": "Volume error",
+    }
+    rows = tuple(_row(row, metric) for row in table.rows)
+    return ScoreTable(titles[metric], table.runs, rows, _table_note(table))
+
+
+def spread_charts(runs: Sequence[Evaluation]) -> list[Chart]:
+    """Dice per organ as boxes, and each case from the first run to the second."""
+    legend = tuple((r.name, i) for i, r in enumerate(runs))
+    organs = shared_organs(runs)
+    boxes = [
+        Scores(r.name, {spaced_out(o): list(r.values(o, "dice").values()) for o in organs})
+        for r in runs
+    ]
+    note = "Box: quartiles; thick line: median; dots: cases; whiskers: 1.5 quartile ranges."
+    charts = [Chart("Dice per organ over cases", box_chart(boxes, "Dice", None), legend, note)]
+    if len(runs) > 1:
+        first, second = runs[0].means("dice"), runs[1].means("dice")
+        svg = pair_chart(first, second, "mean Dice over organs")
+        title = f"Every case: {runs[0].name} and {runs[1].name}"
+        charts.append(Chart(title, svg, legend[:2]))
+    return charts
+
+
+def case_group(scored: Scored, colour: int) -> CaseGroup:
+    """Best, median and worst case of one run, as far as their overlays are there."""
+    scores, cards = scored.scores, []
+    ranks = scores.settings.get("overlays", {})
+    by_id = {c.id: c for c in scores.cases}
+    for rank, case in ranks.items():
+        file = scored.folder / "overlays" / f"{case}.png"
+        if case not in by_id or not file.is_file():
+            continue
+        organs = tuple(
+            (spaced_out(organ), "absent" if math.isnan(s["dice"]) else f"{s['dice']:.3f}")
+            for organ, s in by_id[case].organs.items()
+        )
+        text = f"Dice {by_id[case].mean('dice'):.3f}"
+        caption = f"{case}: reference and prediction of {scores.name} in three planes"
+        cards.append(CaseCard(rank, case, text, organs, picture(file, caption)))
+    return CaseGroup(scores.name, colour, tuple(cards))
+
+
+def headlines(runs: Sequence[Evaluation]) -> list[Headline]:
+    """Mean Dice of each run, and what each further run changes against the first."""
+    table = compare(runs, "dice")
+    total = table.rows[-1]
+    found = []
+    for i, (name, cell) in enumerate(zip(table.runs, total.cells, strict=True)):
+        spread = "" if math.isnan(cell.sd) else f"± {cell.sd:.3f} over "
+        note = f"mean Dice {spread}{cell.cases} cases"
+        found.append(
+            Headline(name, format_cell(replace(cell, sd=math.nan), "dice"), note, colour=i)
+        )
+    for name, d in zip(table.runs[1:], total.differences, strict=True):
+        note = f"{_interval(d, 'dice')}, up in {d.positive} of {d.pairs} cases"
+        label = f"{name} minus {table.runs[0]}"
+        found.append(Headline(label, f"{d.mean:+.3f}", note, tone(d, "dice")))
+    return found
+
+
+def verdict(runs: Sequence[Evaluation]) -> str:
+    """What the scores say, in words that claim no more than the interval does."""
+    total = compare(runs, "dice").rows[-1]
+    if len(runs) == 1:
+        return (
+            f"{runs[0].name} reaches a mean Dice of {total.cells[0].mean:.3f} over "
+            f"{total.cells[0].cases} cases and {len(runs[0].labels)} organs, on the original grid."
+        )
+    parts = []
+    for run, d in zip(runs[1:], total.differences, strict=True):
+        says = {
+            "good": f"{run.name} is better than {runs[0].name}",
+            "bad": f"{run.name} is worse than {runs[0].name}",
+            "even": f"No clear difference between {run.name} and {runs[0].name}",
+        }[tone(d, "dice")]
+        parts.append(
+            f"{says}: {d.mean:+.3f} Dice ({_interval(d, 'dice')}; higher in {d.positive} of "
+            f"{d.pairs} cases)."
+        )
+    weak = weak_organs(runs[0])
+    if weak:
+        parts.append(
+            f"Take this with care: {runs[0].name} is under-trained, with a mean Dice below "
+            f"{UNDER_TRAINED} for {', '.join(map(spaced_out, weak))}."
+        )
+    return capitalised(" ".join(parts))
+
+
+def capitalised(text: str) -> str:
+    """The text with its first letter large, and no other changed."""
+    return text[:1].upper() + text[1:]
+
+
+def spaced_out(organ: str) -> str:
+    """An organ's name as people write it, `left_kidney` with a space."""
+    return organ.replace("_", " ")
+
+
+def weak_organs(run: Evaluation) -> list[str]:
+    """Organs whose mean Dice says that training had hardly begun to find them."""
+    return [r.name for r in compare([run], "dice").rows[:-1] if r.cells[0].mean < UNDER_TRAINED]
+
+
+def command_of(folder: Path) -> list[str]:
+    """Command lines recorded by an evaluation and by the prediction it scored."""
+    settings = load_evaluation(folder / FILE).settings
+    found = [str(settings["command"])] if "command" in settings else []
+    made = Path(str(settings.get("predictions", ""))) / "predict.json"
+    if made.is_file():
+        try:
+            found.insert(0, str(json.loads(made.read_text("utf-8"))["command"]))
+        except (ValueError, KeyError, TypeError):
+            return found
+    return found
+
+
+def tone(difference: PairedDifference, metric: str) -> Tone:
+    """Good or bad where the interval, as it is printed, leaves out 0; even otherwise."""
+    low, high = (
+        round(v, digits(metric)) for v in (difference.interval.low, difference.interval.high)
+    )
+    if metric == "volume_error" or math.isnan(low) or low <= 0 <= high:
+        return "even"
+    return "good" if (low > 0) != (metric in LOWER_IS_BETTER) else "bad"
+
+
+def _row(row: Row, metric: str) -> ScoreRow:
+    means = [c.mean for c in row.cells if not math.isnan(c.mean)]
+    best = (min if metric in LOWER_IS_BETTER else max)(means, default=math.nan)
+    marks = len(row.cells) > 1 and metric != "volume_error"
+    cells = tuple(_cell(c, metric, marks and c.mean == best) for c in row.cells)
+    changes = tuple(
+        Change(
+            "n/a" if math.isnan(d.mean) else f"{d.mean:+.{digits(metric)}f}",
+            _range(d, metric),
+            f"{d.positive} / {d.pairs}",
+            tone(d, metric),
+        )
+        for d in row.differences
+    )
+    return ScoreRow(spaced_out(row.name), cells, changes, row.is_total)
+
+
+def _cell(cell: Cell, metric: str, best: bool) -> ScoreCell:
+    mean, _, spread = format_cell(cell, metric).partition(" ")
+    bar = cell.mean if metric in ("dice", "nsd") and not math.isnan(cell.mean) else None
+    return ScoreCell(mean, spread, bar, best)
+
+
+def _table_note(table: Table) -> str:
+    tests = []
+    for name, d in zip(table.runs[1:], table.rows[-1].differences, strict=True):
+        if d.pairs > 1:
+            tests.append(
+                f"{name} against {table.runs[0]}, mean of organs, {d.pairs} pairs: sign-flip test "
+                f"p = {d.permutation_p:.3g}, Wilcoxon p = {d.wilcoxon_p:.3g}."
+            )
+    if tests:
+        tests.append("Intervals are over cases of one training each, not over seeds.")
+    return " ".join(tests)
+
+
+def _interval(d: PairedDifference, metric: str) -> str:
+    text = _range(d, metric)
+    return f"95 % interval {text}" if text else "one pair, no interval"
+
+
+def _range(d: PairedDifference, metric: str) -> str:
+    if math.isnan(d.interval.low):
+        return ""
+    n = digits(metric)
+    return f"{d.interval.low:+.{n}f} to {d.interval.high:+.{n}f}"

@@ -1,0 +1,380 @@
+"""Every recipe, in reading order: load YAML, apply `section.key=value`, save what was resolved.
+
+The sections `data mask model objective optim loss` change results; `compute` and `log` never do.
+A value of `auto` is chosen from the data by the command, shown, and written into the run's resolved
+recipe.
+"""
+
+import difflib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from spark3d.errors import ConfigError
+from spark3d.recipe_files import apply_override, find_recipe, read_yaml
+
+__all__ = ["find_recipe", "read_yaml"]
+
+Auto = Literal["auto"]
+Sizes = int | tuple[int, ...]
+
+
+class Section(BaseModel):
+    """A frozen group of keys that refuses unknown ones."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WindowSection(Section):
+    """Intensity window: `unit` maps `low..high` (HU for CT) to `0..scale`; see `data.intensity`."""
+
+    mode: Literal["unit", "zscore"] = "unit"
+    low: float | None = None
+    high: float | None = None
+    scale: float = Field(default=1.0, gt=0)
+    mean: float | None = None
+    std: float | None = None
+
+
+class AugmentSection(Section):
+    """Random changes of a crop; probabilities per draw, `flips` per axis (R, A, S in the store).
+
+    `swap` names label pairs that change places in a left-right mirror image. `noise` is the highest
+    standard deviation and `shift` the largest offset, both in the network's intensity range.
+    """
+
+    affine: float = Field(default=0.5, ge=0, le=1)
+    degrees: float = Field(default=0.0, ge=0, le=180)
+    zoom: tuple[float, float] = (0.8, 1.25)
+    stretch: float = Field(default=0.1, ge=0, lt=1)
+    flips: tuple[float, ...] = (0.5, 0.5, 0.5)
+    swap: tuple[tuple[int, int], ...] = ()
+    intensity: float = Field(default=0.5, ge=0, le=1)
+    scale: float = Field(default=0.1, ge=0)
+    shift: float = Field(default=0.0, ge=0)
+    noise: float = Field(default=0.0, ge=0)
+
+
+SEGMENTATION_AUGMENT = AugmentSection(
+    degrees=15.0, zoom=(0.85, 1.2), stretch=0.0, flips=(0.0, 0.0, 0.0), shift=0.1, noise=0.05
+)
+
+
+class DataSection(Section):
+    """What is read and how it is cut."""
+
+    spacing_mm: Auto | tuple[float, ...] = "auto"
+    window: Auto | WindowSection = "auto"
+    crop: Auto | Sizes = "auto"
+    body_fraction: float = Field(default=0.3, ge=0, le=1)
+    class_crops: float = Field(default=2 / 3, ge=0, le=1)
+    augment: AugmentSection = AugmentSection()
+
+
+class ImagesSection(Section):
+    """2D images: crop side, scale range of the random resized crop, normalisation."""
+
+    crop: Sizes = 224
+    scale: tuple[float, float] = (0.67, 1.0)
+    max_bad: float = Field(default=0.01, ge=0, le=1)
+
+
+class MaskSection(Section):
+    """Which cells are hidden; `cell_size: auto` is the encoder's total stride."""
+
+    ratio: float = Field(default=0.6, gt=0, lt=1)
+    cell_size: Auto | Sizes = "auto"
+    body_aware: bool = False
+
+
+class ModelSection(Section):
+    """The encoder (`library/name`) with its own options."""
+
+    backbone: str = "monai/segresnet"
+    options: dict[str, Any] = Field(default_factory=dict)
+    in_channels: int = Field(default=1, ge=1)
+    backend: Literal["packed", "reference"] = "packed"
+
+
+class SparKSection(Section):
+    """SparK: per-cell normalised voxels, `eps` under the root; flat cells may be left out.
+
+    The `light` decoder stops at `stop_stride` and predicts the voxels of each hidden cell; the
+    `official` one climbs to full resolution.
+    """
+
+    name: Literal["spark"] = "spark"
+    eps: float = Field(default=1e-6, ge=0)
+    min_variance: float = Field(default=0.0, ge=0)
+    decoder: Literal["light", "official"] = "light"
+    decoder_width: Auto | int = "auto"
+    decoder_norm: Literal["bn", "gn", "in"] = "bn"
+    densify_norm: Auto | Literal["bn", "ln", "gn", "none"] = "auto"
+    stop_stride: Auto | Sizes = "auto"
+
+
+class LocalMIMSection(Section):
+    """LocalMIM: every tapped stage predicts gradient histograms, or voxels, of its own scale."""
+
+    name: Literal["localmim"] = "localmim"
+    target: Literal["hog", "voxels"] = "hog"
+    taps: tuple[str, ...] | None = None
+    width: int = Field(default=256, ge=1)
+    kernel: int = Field(default=7, ge=1)
+
+
+class A2MIMSection(Section):
+    """A2MIM: mean fill, a token before the last stage, focal L1 and a Fourier loss; dense."""
+
+    name: Literal["a2mim"] = "a2mim"
+    token_at: str | None = None
+    mode: Literal["residual", "replace", "fading"] = "residual"
+    fourier: float = Field(default=0.5, ge=0)
+    focal: bool = True
+    average_spectrum: bool = True
+    fill_from_visible: bool = False
+    head_norm: bool = False
+
+
+ObjectiveSection = Annotated[
+    SparKSection | LocalMIMSection | A2MIMSection, Field(discriminator="name")
+]
+
+
+class OptimSection(Section):
+    """Optimiser and schedule. Steps are optimiser steps; `batch` is the global batch."""
+
+    name: Literal["adamw", "lamb", "sgd"] = "adamw"
+    lr: float = Field(default=1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    momentum: float = Field(default=0.99, ge=0, lt=1)
+    weight_decay: float = Field(default=0.05, ge=0)
+    weight_decay_end: float | None = None
+    schedule: Literal["cosine", "poly", "constant"] = "cosine"
+    steps: int = Field(default=3000, ge=1)
+    warmup: int = Field(default=200, ge=0)
+    warmup_start: float = Field(default=0.005, ge=0, le=1)
+    final: float = Field(default=0.001, ge=0, le=1)
+    batch: Auto | Annotated[int, Field(ge=1)] = "auto"
+    clip: float = Field(default=5.0, gt=0)
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    encoder_lr_ratio: float = Field(default=1.0, gt=0)
+
+
+class LossSection(Section):
+    """MONAI's Dice + cross-entropy; foreground classes weigh `foreground_weight` in the latter."""
+
+    foreground_weight: float = Field(default=1.0, gt=0)
+    dice_weight: float = Field(default=1.0, ge=0)
+    ce_weight: float = Field(default=1.0, ge=0)
+    include_background: bool = False
+    batch_dice: bool = False
+
+
+class ComputeSection(Section):
+    """Where and how fast; never what. Devices and ranks are those of Lightning Fabric.
+
+    Several ranks draw the samples and masks of one. Two things are each rank's own: statistics of
+    batch norms (but for the encoder's on GPUs), and the share of cells that
+    `objective.min_variance` leaves out of the mean.
+    """
+
+    accelerator: str = "auto"
+    devices: Auto | int = "auto"
+    nodes: int = Field(default=1, ge=1)
+    strategy: str = "auto"
+    threads: Auto | int = "auto"
+    workers: int = Field(default=0, ge=0)
+    cache: bool = True
+    checkpoint_every: int = Field(default=100, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=2)
+    max_bad_losses: int = Field(default=5, ge=1)
+
+
+class LogSection(Section):
+    """What is written while it runs, and how often (in steps)."""
+
+    every: int = Field(default=1, ge=1)
+    panels_every: int = Field(default=500, ge=1)
+    validate_every: int = Field(default=0, ge=0)
+    tensorboard: bool = True
+
+
+class PretrainRecipe(Section):
+    """One pre-training run."""
+
+    dims: Literal[2, 3] = 3
+    seed: int = 0
+    data: DataSection = DataSection()
+    images: ImagesSection = ImagesSection()
+    mask: MaskSection = MaskSection()
+    model: ModelSection = ModelSection()
+    objective: ObjectiveSection = SparKSection()
+    optim: OptimSection = OptimSection()
+    compute: ComputeSection = ComputeSection()
+    log: LogSection = LogSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spark_unless_named(cls, tree: Any) -> Any:
+        """The section `objective` is SparK's unless it names another."""
+        if isinstance(tree, dict) and isinstance(tree.get("objective"), dict):
+            return {**tree, "objective": {"name": "spark", **tree["objective"]}}
+        return tree
+
+
+class SplitSection(Section):
+    """Which labelled cases train and which validate.
+
+    `dataset` follows the data's own lists; where it has none, and with `share`, `validation_share`
+    of the patients is held out by a hash of their id. `list` takes the ids of `train` and
+    `validation`. `labels` keeps that many of the training cases, the first of an order drawn with
+    `subset_seed`.
+    """
+
+    use: Literal["dataset", "share", "list"] = "dataset"
+    validation_share: float = Field(default=0.2, gt=0, lt=1)
+    train: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    labels: int | None = Field(default=None, ge=1)
+    subset_seed: int = 0
+
+
+class SegmentModelSection(Section):
+    """The network to fine-tune: the same backbone name and options as in pre-training.
+
+    `balance` scales the stages of a pre-trained SegResNet to the spread of a fresh one, which keeps
+    its decoder from drowning (`models.balance`); `auto` does so for SegResNet alone.
+    """
+
+    backbone: Auto | str = "auto"
+    options: dict[str, Any] = Field(default_factory=dict)
+    in_channels: int = Field(default=1, ge=1)
+    balance: Auto | bool = "auto"
+
+
+class FinetuneRecipe(Section):
+    """One fine-tuning run."""
+
+    dims: Literal[2, 3] = 3
+    seed: int = 0
+    data: DataSection = DataSection(augment=SEGMENTATION_AUGMENT)
+    split: SplitSection = SplitSection()
+    model: SegmentModelSection = SegmentModelSection()
+    loss: LossSection = LossSection()
+    optim: OptimSection = OptimSection(lr=3e-3, weight_decay=0.01, steps=600, warmup=60, batch=2)
+    window_overlap: float = Field(default=0.5, ge=0, lt=1)
+    compute: ComputeSection = ComputeSection()
+    log: LogSection = LogSection()
+
+
+R = TypeVar("R", PretrainRecipe, FinetuneRecipe)
+
+
+def load_recipe(kind: type[R], path: Path | None, overrides: Sequence[str] = (), **fixed: Any) -> R:
+    """Read a recipe, apply `section.key=value` in order, then `fixed` top-level values; validate.
+
+    Raises:
+        ConfigError: unknown key (with the nearest known one), wrong type, broken YAML or override.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        loaded = read_yaml(path.read_text(encoding="utf-8"), path.name)
+        if not isinstance(loaded, dict):
+            raise ConfigError(
+                f"{path.name} must hold sections (a mapping), found {type(loaded).__name__}"
+            )
+        tree = loaded
+    for item in overrides:
+        apply_override(tree, item)
+    tree.update({key: value for key, value in fixed.items() if value is not None})
+    return validate(kind, tree, path.name if path else "recipe")
+
+
+def validate(kind: type[R], tree: dict[str, Any], name: str = "recipe") -> R:
+    """A recipe from a plain tree; the first problem is told in one line.
+
+    Raises:
+        ConfigError: see `load_recipe`.
+    """
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{name}: {_first_problem(kind, tree, error)}") from None
+
+
+def _first_problem(kind: type[BaseModel], tree: dict[str, Any], error: ValidationError) -> str:
+    problems = error.errors(include_url=False)
+    unknown = [p for p in problems if p["type"] == "extra_forbidden"]
+    problem = (unknown or problems)[0]
+    where = _place(tree, problem["loc"])
+    if not unknown:
+        here = [p["msg"].lower() for p in problems if _place(tree, p["loc"]) == where]
+        return f"{where}={problem.get('input')!r}: {' or '.join(dict.fromkeys(here))}"
+    known = sorted(_keys(kind))
+    near = difflib.get_close_matches(where, known, n=1, cutoff=0.5)
+    last = [key for key in known if key.rsplit(".", 1)[-1] == str(problem["loc"][-1])]
+    hint = near or last
+    remedy = f"did you mean {hint[0]!r}?" if hint else f"known here: {', '.join(known)}"
+    return f"unknown key {where!r}; {remedy}"
+
+
+def _place(tree: Any, loc: Sequence[int | str]) -> str:
+    """A problem's place in the user's own keys, without pydantic's names of alternatives."""
+    parts = []
+    for part in loc:
+        below: Any = dict(enumerate(tree)) if isinstance(tree, list | tuple) else tree
+        if isinstance(below, dict) and part in below:
+            tree = below[part]
+            parts.append(str(part))
+    return ".".join(parts)
+
+
+def _keys(kind: type[BaseModel], prefix: str = "") -> Iterable[str]:
+    for name, field in kind.model_fields.items():
+        choices = get_args(field.annotation) or (field.annotation,)
+        inner = [c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)]
+        for section in inner:
+            yield from _keys(section, f"{prefix}{name}.")
+        if not inner:
+            yield f"{prefix}{name}"
+
+
+def to_tree(recipe: BaseModel) -> dict[str, Any]:
+    """The recipe as plain JSON types, in reading order."""
+    return json.loads(recipe.model_dump_json())
+
+
+def resolve(recipe: R, changes: dict[str, Any]) -> R:
+    """The recipe with `section.key` values replaced, validated again."""
+    tree = to_tree(recipe)
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        node = tree
+        for part in parents:
+            node = node[part]
+        node[last] = value
+    return validate(type(recipe), tree)
+
+
+def dump_yaml(recipe: BaseModel) -> str:
+    """YAML that `load_recipe` reads back to an equal recipe."""
+    return yaml.safe_dump(to_tree(recipe), sort_keys=False, default_flow_style=None, width=100)
+
+
+def changed_keys(old: BaseModel, new: BaseModel) -> list[str]:
+    """Keys of the sections that change results, where two recipes differ."""
+
+    def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(tree, dict):
+            return {prefix: tree}
+        parts = [flat(value, f"{prefix}.{key}" if prefix else key) for key, value in tree.items()]
+        return {key: value for part in parts for key, value in part.items()}
+
+    a, b = flat(to_tree(old)), flat(to_tree(new))
+    keys = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+    return [key for key in keys if key.split(".")[0] not in ("compute", "log")]

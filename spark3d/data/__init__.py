@@ -1,0 +1,1 @@
+"""From raw volumes to crops: read, check, prepare, store, crop, augment."""

@@ -1,0 +1,52 @@
+"""Writing files so that a reader sees the old one or the whole new one, never a part."""
+
+import errno
+import os
+from pathlib import Path
+
+from spark3d.errors import EnvironmentProblem
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write beside the target, flush to the disk, then rename over it.
+
+    Raises:
+        EnvironmentProblem: no space, no right to write; the old file, if any, is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if temporary.read_bytes() != data:
+            raise OSError(errno.EIO, "what was read back differs from what was written")
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _problem(path, error) from error
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what writers that were killed left behind; no writer may be at work."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries, so that a rename survives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _problem(path: Path, error: OSError) -> EnvironmentProblem:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "free some space" if full else "check the folder and its permissions"
+    return EnvironmentProblem(
+        f"could not write {path.name} in {path.parent} ({error.strerror}): {remedy} and repeat the "
+        "command; files that were there are intact"
+    )

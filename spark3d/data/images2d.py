@@ -1,0 +1,225 @@
+"""Ordinary images (PNG, JPEG) from a folder, as a numbered stream of random resized crops.
+
+The crop is that of torchvision and timm (scale and aspect ratio drawn, ten tries, bicubic), the
+range that of ImageNet training, so that a recipe's numbers mean the same as in their code.
+"""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from spark3d.data.stream import Numbered, Sample
+from spark3d.errors import ConfigError, DataError
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+ASPECT = (3 / 4, 4 / 3)
+CONVERTED = frozenset({"1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"})
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """What a scan of a folder found.
+
+    Attributes:
+        folder: The folder.
+        files: Usable images in the order of their names, relative to the folder.
+        bad: Left out: file -> reason.
+        converted: How many files of each other colour mode will be read as RGB.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    bad: Mapping[str, str] = field(default_factory=dict)
+    converted: Mapping[str, int] = field(default_factory=dict)
+
+
+def scan_images(
+    folder: Path | str,
+    max_bad: float = 0.01,
+    threads: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> ImageFolder:
+    """Decode every image below a folder once and sort out what cannot be used.
+
+    Sub-folders (one per class, as ImageNet has) are searched too; hidden files are not.
+    Truncation and damage only show on decoding, which for JPEG is done at an eighth of the size.
+
+    Args:
+        folder: Where to look.
+        max_bad: Largest share of files that may be left out, in [0, 1].
+        threads: Decoders at work at once.
+        progress: Called with files done and files in all.
+
+    Raises:
+        DataError: No such folder, no image in it, or more unusable files than allowed.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(f"{root}: found no such folder; give --data a folder of PNG or JPEG files")
+    names = sorted(_walk(root))
+    if not names:
+        raise DataError(
+            f"{root}: found no file ending in {', '.join(SUFFIXES)}; give --data a folder of "
+            "images, or --dims 3 for volumes"
+        )
+    bad: dict[str, str] = {}
+    modes: Counter[str] = Counter()
+    with ThreadPoolExecutor(threads) as pool:
+        found = pool.map(lambda name: _examine(root / name), names)
+        for done, (name, (mode, fault)) in enumerate(zip(names, found, strict=True), start=1):
+            if fault:
+                bad[name] = fault
+            elif mode != "RGB":
+                modes[mode] += 1
+            if progress is not None:
+                progress(done, len(names))
+    files = tuple(name for name in names if name not in bad)
+    if not files or len(bad) > max_bad * len(names):
+        shown = "; ".join(f"{name} ({fault})" for name, fault in list(bad.items())[:3])
+        raise DataError(
+            f"{root}: {len(bad)} of {len(names)} images cannot be used: {shown}"
+            f"{' ...' if len(bad) > 3 else ''}; repair or remove them, or raise images.max_bad "
+            f"above {len(bad) / len(names):.3g}"
+        )
+    return ImageFolder(root, files, bad, dict(modes))
+
+
+class ImageCrops(Numbered):
+    """Random resized crops of a folder's images, mirrored half of the time.
+
+    Item `n` is `{"crop": float32 (3, rows, columns), "case": index of the file, "number": n}`, a
+    pure function of (seed, n).
+
+    Args:
+        images: The scanned folder.
+        crop_size: Rows and columns of the result.
+        seed: Of the whole stream.
+        scale: Smallest and largest share of the image's area to cut.
+        flip: Probability of a mirror image.
+        mean: Per colour, subtracted after scaling to 0..1.
+        std: Per colour, divided by.
+
+    Raises:
+        ConfigError: The range of `scale` or the size is impossible.
+    """
+
+    def __init__(
+        self,
+        images: ImageFolder,
+        crop_size: Sequence[int],
+        seed: int,
+        scale: tuple[float, float] = (0.67, 1.0),
+        flip: float = 0.5,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        super().__init__(len(images.files), seed)
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ConfigError(f"images.scale={scale} must be two rising shares in (0, 1]")
+        if len(crop_size) != 2 or min(crop_size) < 1:
+            raise ConfigError(f"images.crop={tuple(crop_size)} must be rows and columns above 0")
+        self.images, self.scale, self.flip = images, scale, flip
+        self.crop_size = (int(crop_size[0]), int(crop_size[1]))
+        self.mean = np.asarray(mean, dtype=np.float32)
+        self.std = np.asarray(std, dtype=np.float32)
+
+    def name(self, number: int) -> str:
+        """The file that sample `number` is cut from."""
+        return self.images.files[self.entry(number)]
+
+    def __getitem__(self, number: int) -> Sample:
+        index, rng = self.entry(number), self.generator(number)
+        image = read_image(self.images.folder / self.images.files[index])
+        box = resized_crop_box(image.size, self.scale, rng)
+        rows, columns = self.crop_size
+        image = image.crop(box).resize((columns, rows), Image.Resampling.BICUBIC)
+        pixels = np.asarray(image, dtype=np.float32) / 255
+        if rng.random() < self.flip:
+            pixels = pixels[:, ::-1]
+        crop = ((pixels - self.mean) / self.std).transpose(2, 0, 1)
+        return {
+            "crop": torch.from_numpy(np.ascontiguousarray(crop)),
+            "case": index,
+            "number": number,
+        }
+
+
+def read_image(path: Path) -> Image.Image:
+    """Decode a file as RGB.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{path}: cannot be read as an image any more ({error}); restore or remove it, then "
+            "start a new run"
+        ) from None
+
+
+def resized_crop_box(
+    size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator
+) -> Box:
+    """Draw a box of a share `scale` of the area and an aspect ratio of 3:4 to 4:3.
+
+    Args:
+        size: Width and height of the image.
+        scale: Smallest and largest share.
+        rng: Source of chance.
+
+    Returns:
+        Left, top, right, bottom. After ten boxes that do not fit, the largest one in the middle
+        whose aspect ratio is allowed.
+    """
+    width, height = size
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    w = min(width, max(1, round(height * ASPECT[1])))
+    h = min(height, max(1, round(width / ASPECT[0])))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def _walk(root: Path) -> list[str]:
+    names = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                names.append((Path(folder) / name).relative_to(root).as_posix())
+    return names
+
+
+def _examine(path: Path) -> tuple[str, str]:
+    """Colour mode of a file, and what is wrong with it (nothing: empty)."""
+    try:
+        with Image.open(path) as image:
+            mode = image.mode
+            if mode != "RGB" and mode not in CONVERTED:
+                return mode, f"mode {mode} has more than 8 bits a colour; save it as 8-bit RGB"
+            image.draft(mode, (image.width // 8, image.height // 8))
+            image.load()
+            return mode, ""
+    except UnidentifiedImageError:
+        return "", "not an image" if path.stat().st_size else "empty file"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return "", str(error)

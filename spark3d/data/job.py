@@ -1,0 +1,103 @@
+"""One case as a piece of work: is it in the store already, and if not, put it there."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from spark3d.data.case import PrepareSpec, prepare_case
+from spark3d.data.checks import fault
+from spark3d.data.record import case_path, read_record
+from spark3d.data.sources import CaseSource
+from spark3d.data.writer import write_case
+from spark3d.errors import DataError
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case to be prepared into the store at `out`."""
+
+    case: CaseSource
+    spec: PrepareSpec
+    out: Path
+
+
+def run_job(job: Job) -> str | None:
+    """Prepare and commit one case.
+
+    Returns:
+        None, or the reason why the case cannot be used.
+
+    Raises:
+        EnvironmentProblem: the machine, not the case, is at fault.
+    """
+    try:
+        prepared = prepare_case(job.case, job.spec)
+        write_case(job.out, prepared, _key(job), job.spec.chunk)
+    except DataError as error:
+        return str(error)
+    except MemoryError:
+        found, expected = "too little memory for it", "room for six copies of it"
+        return str(fault("E-MEMORY", job.case.id, found, expected, "lower --workers"))
+    return None
+
+
+def is_current(job: Job) -> bool:
+    """Whether the store holds this case, whole, from the same files and settings."""
+    case_id = job.case.id
+    if not case_path(job.out, case_id, ".json").exists():
+        return False
+    try:
+        data = read_record(job.out, case_id)
+    except DataError:
+        return False
+    for part, suffix in (("image", ".b2nd"), ("label", ".seg.b2nd")):
+        path = case_path(job.out, case_id, suffix)
+        frame = data["files"].get(part)
+        if frame is not None and not (path.exists() and path.stat().st_size == frame["n_bytes"]):
+            return False
+    described = data["case"]
+    same_place = (described["group"], described["section"]) == (job.case.group, job.case.section)
+    return (
+        same_place
+        and case_path(job.out, case_id, ".npz").exists()
+        and data["key"]["settings"] == _settings_hash(job.spec)
+        and _same_files(_paths(job.case), data["key"]["files"])
+    )
+
+
+def _paths(case: CaseSource) -> tuple[Path, ...]:
+    return (*case.images, *([case.label] if case.label else []))
+
+
+def _key(job: Job) -> dict[str, Any]:
+    files = []
+    for path in _paths(job.case):
+        stat = path.stat()
+        files.append({"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": _sha256(path)})
+    return {"settings": _settings_hash(job.spec), "files": files}
+
+
+def _settings_hash(spec: PrepareSpec) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(spec.settings(), sort_keys=True).encode())
+
+
+def _same_files(paths: tuple[Path, ...], known: list[dict[str, Any]]) -> bool:
+    """By size and time of change; by content where only the time differs."""
+    if len(paths) != len(known):
+        return False
+    for path, entry in zip(paths, known, strict=True):
+        stat = path.stat()
+        if stat.st_size != entry["bytes"]:
+            return False
+        if stat.st_mtime_ns != entry["mtime_ns"] and _sha256(path) != entry["sha256"]:
+            return False
+    return True
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,213 @@
+"""The layouts in which people keep volumes: Decathlon, BTCV, nnU-Net, plain folders.
+
+Only names and `dataset.json` are read here, no volume.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spark3d.data.dataset_json import (
+    declared_labels,
+    declared_modality,
+    image_and_label,
+    inside,
+)
+
+SUFFIXES = (".nii.gz", ".nii")
+LABEL_FOLDER = re.compile(r"(labels?|segmentations?|masks?|annotations?)([A-Z].*|_.*)?", re.I)
+LABEL_NAME = re.compile(r"[-_.](labels?|seg|segmentation|masks?)$", re.I)
+SECTIONS = {
+    "training": "training",
+    "validation": "validation",
+    "test": "test",
+    "unlabelled": "unlabelled",
+    "unlabeled": "unlabelled",
+}
+BTCV_LABELS = {
+    "background": 0,
+    "spleen": 1,
+    "right_kidney": 2,
+    "left_kidney": 3,
+    "gallbladder": 4,
+    "oesophagus": 5,
+    "liver": 6,
+    "stomach": 7,
+    "aorta": 8,
+    "inferior_vena_cava": 9,
+    "portal_and_splenic_veins": 10,
+    "pancreas": 11,
+    "right_adrenal_gland": 12,
+    "left_adrenal_gland": 13,
+}
+
+
+@dataclass(frozen=True)
+class CaseSource:
+    """Where a case comes from.
+
+    Attributes:
+        id: name of the case, unique in its folder.
+        image: its volume (the first channel where there are several files).
+        label: its label map, if any.
+        group: cases of one patient share it; the id unless told otherwise.
+        section: training, validation, test or unlabelled.
+        more_channels: further channels, one file each.
+    """
+
+    id: str
+    image: Path
+    label: Path | None = None
+    group: str = ""
+    section: str = "unlabelled"
+    more_channels: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.group:
+            object.__setattr__(self, "group", self.id)
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """All files with intensities, in channel order."""
+        return (self.image, *self.more_channels)
+
+
+@dataclass(frozen=True)
+class FoundCases:
+    """What a folder holds.
+
+    Attributes:
+        layout: "decathlon", "nnunet", "btcv" or "plain".
+        cases: in the order of their ids.
+        modality: "CT", "MR" or "auto" where the folder does not say.
+        labels: name -> value as declared, empty if nothing is.
+        fourth_axis: 4D files hold channels (Decathlon tasks with several modalities).
+        passed_over: files of a plain folder that are label maps by their name.
+    """
+
+    layout: str
+    cases: tuple[CaseSource, ...]
+    modality: str = "auto"
+    labels: dict[str, int] | None = None
+    fourth_axis: bool = False
+    passed_over: tuple[Path, ...] = ()
+
+
+def decathlon(root: Path, data: dict[str, Any]) -> FoundCases:
+    """A Medical Segmentation Decathlon task, described by its `dataset.json`.
+
+    `numTraining` and `numTest` are ignored: they are wrong in published files.
+    """
+    cases = []
+    for key, section in SECTIONS.items():
+        for entry in data.get(key) or []:
+            image, label = (entry, None) if isinstance(entry, str) else image_and_label(entry, root)
+            if Path(image).name.startswith("._"):
+                continue
+            path = inside(root, image)
+            cases.append(
+                CaseSource(
+                    id=_stem(path),
+                    image=path,
+                    label=None if label is None else inside(root, label),
+                    section=section,
+                )
+            )
+    modality = data.get("modality") or {}
+    return FoundCases(
+        "decathlon",
+        tuple(cases),
+        declared_modality(modality.values()) if isinstance(modality, dict) else "auto",
+        declared_labels(data.get("labels"), root),
+        fourth_axis=len(modality) > 1,
+    )
+
+
+def nnunet(root: Path, data: dict[str, Any]) -> FoundCases:
+    """A raw nnU-Net dataset: `imagesTr`, `labelsTr`, `imagesTs`, one file per channel."""
+    cases: list[CaseSource] = []
+    for part, labels, section in (
+        ("imagesTr", "labelsTr", "training"),
+        ("imagesTs", "labelsTs", "test"),
+    ):
+        for case_id, files in _channels(root / part).items():
+            label = _existing(root / labels, case_id)
+            if label is None and section == "training" and (root / labels).is_dir():
+                label = root / labels / f"{case_id}.nii.gz"  # reported with all that are absent
+            cases.append(
+                CaseSource(case_id, files[0], label, "", section if label or section == "test" else
+                           "unlabelled", tuple(files[1:]))
+            )  # fmt: skip
+    names = data.get("channel_names")
+    return FoundCases(
+        "nnunet",
+        tuple(cases),
+        declared_modality(names.values()) if isinstance(names, dict) else "auto",
+        declared_labels(data.get("labels"), root),
+    )
+
+
+def _channels(folder: Path) -> dict[str, list[Path]]:
+    """Case id -> its files in channel order; `CASE_0001.nii.gz` is channel 1."""
+    volumes = _volumes(folder)
+    numbered = all(re.search(r"_\d{4}$", _stem(path)) for path in volumes)
+    found: dict[str, list[Path]] = {}
+    for path in volumes:
+        stem = _stem(path)
+        found.setdefault(stem[:-5] if numbered else stem, []).append(path)
+    return found
+
+
+def _existing(folder: Path, case_id: str) -> Path | None:
+    paths = (folder / f"{case_id}{suffix}" for suffix in SUFFIXES)
+    return next((path for path in paths if path.exists()), None)
+
+
+def btcv(tree: Path) -> FoundCases:
+    """The tree of the BTCV archive: `Training/img`, `Training/label`, `Testing/img`."""
+    cases = btcv_part(tree / "Training", "training") + btcv_part(tree / "Testing", "test")
+    return FoundCases("btcv", tuple(cases), "CT", BTCV_LABELS)
+
+
+def btcv_part(folder: Path, section: str) -> list[CaseSource]:
+    """One part of it: `img/img0001.nii.gz` with `label/label0001.nii.gz`, if there are labels."""
+    cases = []
+    labelled = (folder / "label").is_dir()
+    for path in _volumes(folder / "img"):
+        stem = _stem(path)
+        label = folder / "label" / path.name.replace("img", "label", 1) if labelled else None
+        cases.append(CaseSource(stem, path, label, section=section))
+    return cases
+
+
+def plain(root: Path) -> FoundCases:
+    """Any folder, searched recursively; files named as label maps are listed as passed over."""
+    cases, passed_over = [], []
+    for path in _volumes(root, deep=True):
+        inner = path.relative_to(root)
+        named_label = any(LABEL_FOLDER.fullmatch(part) for part in inner.parts[:-1])
+        if named_label or LABEL_NAME.search(_stem(path)):
+            passed_over.append(path)
+        else:
+            cases.append(CaseSource("__".join((*inner.parts[:-1], _stem(path))), path))
+    return FoundCases("plain", tuple(cases), passed_over=tuple(passed_over))
+
+
+def _volumes(folder: Path, deep: bool = False) -> list[Path]:
+    """Volume files by name, without hidden ones (such as `._*` in archives from macOS)."""
+    if not folder.is_dir():
+        return []
+    found = folder.rglob("*") if deep else folder.iterdir()
+    return sorted(
+        path
+        for path in found
+        if path.name.endswith(SUFFIXES)
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not path.is_dir()
+    )
+
+
+def _stem(path: Path) -> str:
+    suffix = next((s for s in SUFFIXES if path.name.endswith(s)), "")
+    return path.name.removesuffix(suffix)

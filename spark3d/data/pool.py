@@ -1,0 +1,95 @@
+"""Running preparation jobs in this process or in several, within a memory budget."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+
+from spark3d.data.job import Job, run_job
+from spark3d.data.nifti import read_header
+from spark3d.errors import DataError, EnvironmentProblem
+
+COPIES = 6  # float32 volumes alive at once while a case is resampled
+
+
+def run_jobs(
+    jobs: Sequence[Job], workers: int, memory_gib: float | None = None
+) -> Iterator[tuple[Job, str | None]]:
+    """Run every job and yield it with None, or with the reason why its case cannot be used.
+
+    Args:
+        jobs: what to do.
+        workers: processes (started afresh, not forked); 0 works here.
+        memory_gib: start no further job where all running would take more; None is half of the
+            machine's memory. A job too large for the budget runs alone.
+
+    Raises:
+        EnvironmentProblem: from a job, or because a worker was killed.
+    """
+    if workers <= 0:
+        for job in jobs:
+            yield job, run_job(job)
+        return
+    budget = memory_gib * 2**30 if memory_gib else _physical_memory() / 2
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (os.getpid(),))
+    try:
+        yield from _schedule(pool, list(jobs), workers, budget)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _schedule(
+    pool: ProcessPoolExecutor, waiting: list[Job], workers: int, budget: float
+) -> Iterator[tuple[Job, str | None]]:
+    running: dict[Future[str | None], tuple[Job, float]] = {}
+    waiting.reverse()
+    while waiting or running:
+        while waiting and len(running) < 2 * workers:  # one waiting per worker, so that none idles
+            need = _memory_of(waiting[-1])
+            if running and need + sum(size for _, size in running.values()) > budget:
+                break
+            job = waiting.pop()
+            running[pool.submit(run_job, job)] = (job, need)
+        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            try:
+                reason = future.result()
+            except BrokenProcessPool:
+                names = ", ".join(sorted(job.case.id for job, _ in running.values()))
+                raise EnvironmentProblem(
+                    f"a worker was killed while it prepared one of: {names}; it may have run out "
+                    "of memory: lower --workers and repeat the command, finished cases are kept"
+                ) from None
+            yield running.pop(future)[0], reason
+
+
+def _memory_of(job: Job) -> float:
+    """Estimate from the header, before anything is read; a bad header fails in its own job."""
+    try:
+        shape = read_header(job.case.image, job.spec.geometry).shape
+    except DataError:
+        return 0.0
+    voxels = float(len(job.case.images))
+    for n in shape:
+        voxels *= n
+    return voxels * 4 * COPIES
+
+
+def _physical_memory() -> float:
+    return float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")
+
+
+def _start_worker(parent: int) -> None:
+    """Leave Ctrl-C to the parent, and end with it even if it was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

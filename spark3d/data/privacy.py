@@ -1,0 +1,67 @@
+"""Case ids that may stand in file names and reports: a strict pattern, or a keyed hash.
+
+Paths often hold names of patients. An id of letters, digits, `.`, `_` and `-` is kept as it is;
+any other is replaced by an HMAC whose key never enters a store: the environment variable
+SPARK3D_ID_KEY, else a key made once in the user's configuration folder.
+"""
+
+import hashlib
+import hmac
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from spark3d.data.record import STRICT_ID
+from spark3d.data.sources import CaseSource
+from spark3d.errors import EnvironmentProblem
+
+
+def safe_cases(cases: Sequence[CaseSource]) -> tuple[list[CaseSource], dict[str, str]]:
+    """Replace ids and groups outside the strict pattern.
+
+    Returns:
+        The cases, and old id -> new id of those that changed.
+    """
+    if all(_is_safe(case.id) and _is_safe(case.group) for case in cases):
+        return list(cases), {}
+    key = _key()
+    result, renamed = [], {}
+    for case in cases:
+        safe = case.id if _is_safe(case.id) else keyed_id(case.id, key)
+        group = case.group if _is_safe(case.group) else keyed_id(case.group, key)
+        result.append(replace(case, id=safe, group=group))
+        if safe != case.id:
+            renamed[case.id] = safe
+    return result, renamed
+
+
+def keyed_id(name: str, key: bytes) -> str:
+    """An id that only a holder of the key can trace to `name`."""
+    return "case-" + hmac.new(key, name.encode(), hashlib.sha256).hexdigest()[:20]
+
+
+def _is_safe(name: str) -> bool:
+    return bool(STRICT_ID.fullmatch(name)) and not name.startswith(".")
+
+
+def _key() -> bytes:
+    if given := os.environ.get("SPARK3D_ID_KEY"):
+        return given.encode()
+    base = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
+    path = Path(base) / "spark3d" / "id.key"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            with os.fdopen(handle, "w") as stream:
+                stream.write(secrets.token_hex(32))
+        except FileExistsError:
+            pass
+        return path.read_bytes()
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"no key for case ids can be kept in {path.parent} ({error.strerror}): set "
+            "SPARK3D_ID_KEY to a secret of your own"
+        ) from None

@@ -1,0 +1,77 @@
+"""Finding the cases in a folder as people keep them: plain folders, Decathlon, BTCV, nnU-Net.
+
+Only names and `dataset.json` are read here, no volume. The order of cases is that of their ids.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from spark3d.data.checks import check_cases, check_label_names, fault
+from spark3d.data.dataset_json import read_json
+from spark3d.data.layouts import (
+    BTCV_LABELS,
+    CaseSource,
+    FoundCases,
+    btcv,
+    btcv_part,
+    decathlon,
+    nnunet,
+    plain,
+)
+
+__all__ = ["CaseSource", "FoundCases", "find", "find_cases"]
+
+
+def find_cases(folder: Path | str, group_pattern: str | None = None) -> list[CaseSource]:
+    """The cases of a folder, whatever of the known layouts it has; see `find`."""
+    return list(find(folder, group_pattern).cases)
+
+
+def find(folder: Path | str, group_pattern: str | None = None) -> FoundCases:
+    """Recognise the layout of a folder and list its cases.
+
+    Args:
+        folder: a Decathlon task or nnU-Net dataset (with `dataset.json`), a BTCV tree
+            (`RawData/Training/img`), or any folder of `.nii` and `.nii.gz` files, searched
+            recursively; files there that are called label, seg or mask, or lie in a folder so
+            called, are no images.
+        group_pattern: regular expression searched in the id; its first group names the patient.
+
+    Raises:
+        DataError: no such folder, no volume in it, duplicate ids, listed files that are absent.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise fault(
+            "E-NO-FOLDER", root, "no such folder", "a folder of volumes", "check the path of --data"
+        )
+    found = _recognise(root)
+    if found.labels:
+        check_label_names(found.labels, root)
+    cases = tuple(sorted(_grouped(found.cases, group_pattern), key=lambda case: case.id))
+    check_cases(cases, root)
+    return replace(found, cases=cases)
+
+
+def _recognise(root: Path) -> FoundCases:
+    description = root / "dataset.json"
+    if description.is_file():
+        data = read_json(description)
+        return nnunet(root, data) if "channel_names" in data else decathlon(root, data)
+    trees = (root, root / "RawData", root / "Abdomen" / "RawData")
+    for tree in trees:
+        if any((tree / part / "img").is_dir() for part in ("Training", "Testing")):
+            return btcv(tree)
+    if (root / "img").is_dir() and (root / "label").is_dir():
+        return FoundCases("btcv", tuple(btcv_part(root, "training")), "CT", BTCV_LABELS)
+    if (root / "imagesTr").is_dir():
+        return nnunet(root, {})
+    return plain(root)
+
+
+def _grouped(cases: Iterable[CaseSource], pattern: str | None) -> Iterable[CaseSource]:
+    for case in cases:
+        match = re.search(pattern, case.id) if pattern else None
+        yield replace(case, group=match.group(1)) if match else case

@@ -1,0 +1,70 @@
+"""Optimisers and their parameter groups."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from timm.optim.lamb import Lamb
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+Name = Literal["adamw", "lamb", "sgd"]
+
+
+def has_decay(name: str, parameter: nn.Parameter) -> bool:
+    """True for what decays: no 1-D tensors, biases, mask tokens or layer scales."""
+    last = name.rsplit(".", 1)[-1]
+    return parameter.ndim > 1 and last not in ("bias", "token", "gamma")
+
+
+def parameter_groups(
+    module: nn.Module,
+    encoder: Callable[[str], bool] = lambda name: False,
+    encoder_lr_ratio: float = 1.0,
+) -> list[dict]:
+    """Groups by (decay or not) x (encoder or not); frozen parameters are left out.
+
+    Args:
+        module: network or objective.
+        encoder: tells by name which parameters belong to the pre-trained encoder.
+        encoder_lr_ratio: their learning rate relative to the rest.
+
+    Returns:
+        Dicts with `params`, `lr_ratio` and `decay` (0 or 1), which `set_step` reads.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            key = (has_decay(name, parameter), encoder(name))
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr_ratio": encoder_lr_ratio if inside else 1.0,
+            "decay": float(decays),
+            "weight_decay": 0.0,
+        }
+        for (decays, inside), parameters in sorted(groups.items())
+    ]
+
+
+def build_optimizer(
+    name: Name,
+    groups: list[dict],
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    momentum: float = 0.99,
+) -> Optimizer:
+    """AdamW and SGD (Nesterov) from torch, LAMB from timm; the step clips, not the optimiser."""
+    if name == "adamw":
+        return AdamW(groups, lr=lr, betas=betas)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+    return Lamb(groups, lr=lr, betas=betas, eps=1e-6, max_grad_norm=None)
+
+
+def set_step(optimizer: Optimizer, lr: float, decay: float) -> None:
+    """Write this step's learning rate and weight decay into every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_ratio"]
+        group["weight_decay"] = decay * group["decay"]

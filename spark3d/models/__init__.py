@@ -1,0 +1,1 @@
+"""Backbones, densify, decoders and segmentation networks."""

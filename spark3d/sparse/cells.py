@@ -1,0 +1,181 @@
+"""Packed cells: visible cells stacked on the batch axis, and tables of what surrounds each.
+
+Layout. A packed tensor has shape `(b * v, c, *cell)`, sorted by sample, then by cell in C order,
+and is stored channels-last: one *row* holds all channels of one site, its number is
+`cell * sites_per_cell + site`. A table holds row numbers; the number one past the end stands for a
+site that is hidden or outside the crop. Tables are built on the CPU and remembered by the mask.
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from spark3d.sparse.gather import Table, gather
+from spark3d.sparse.geometry import GeometryError
+from spark3d.sparse.mask import CellMask
+
+
+class Span(NamedTuple):
+    """What a packed cell reads along each axis: `length` sites, from `before` sites before it."""
+
+    before: tuple[int, ...]
+    length: tuple[int, ...]
+
+
+def to_rows(x: Tensor) -> Tensor:
+    """`(n, c, *sites)` as rows `(n * sites, c)`; a view when `x` is stored channels-last."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def from_rows(rows: Tensor, count: int, sites: Sequence[int]) -> Tensor:
+    """Rows `(count * sites, c)` as `(count, c, *sites)`, stored channels-last (a view)."""
+    return rows.view(count, *sites, rows.shape[-1]).movedim(-1, 1)
+
+
+def as_cells(rows: Tensor, count: int, sites: Sequence[int]) -> Tensor:
+    """Like `from_rows`, in place: `rows`, in whatever shape, is given up, and no gradient recorded.
+
+    The result is no view (unless `rows` is one). That matters for what an autograd function
+    returns: networks add to it and activate it in place, which autograd forbids on its views.
+    """
+    c = rows.numel() // (count * prod(sites))
+    strides, step = [], c
+    for side in reversed(sites):
+        strides.insert(0, step)
+        step *= side
+    return rows.as_strided_((count, c, *sites), (step, 1, *strides))
+
+
+def cell_at(mask: CellMask, size: Sequence[int]) -> tuple[int, ...]:
+    """Sites of one cell per axis on a dense map of `size` sites.
+
+    Raises:
+        ValueError: cells do not fall on whole sites of this map.
+    """
+    if any(sites % cells for sites, cells in zip(size, mask.grid, strict=True)):
+        raise GeometryError(
+            f"a map of {tuple(size)} sites cannot be packed in {mask.grid} cells; enlarge the "
+            'cells to the total stride of the network or use backend="reference"'
+        )
+    return tuple(sites // cells for sites, cells in zip(size, mask.grid, strict=True))
+
+
+def pack(x: Tensor, mask: CellMask) -> Tensor:
+    """Stack the visible cells of dense maps: `(b, c, *size)` to `(b * v, c, *cell)`, channels-last.
+
+    Raises:
+        ValueError: `size` is not a multiple of the grid.
+    """
+    cell = cell_at(mask, x.shape[2:])
+    rows = gather(to_rows(x), dense_table(mask, cell, x.device))
+    return from_rows(rows, mask.batch * mask.n_visible, cell)
+
+
+def unpack(packed: Tensor, mask: CellMask, fill: float = 0.0) -> Tensor:
+    """Put packed cells back: `(b * v, c, *cell)` to `(b, c, *size)`, `fill` where hidden."""
+    cell = tuple(packed.shape[2:])
+    rows = gather(to_rows(packed), grid_table(mask, cell, packed.device), fill)
+    return from_rows(rows, mask.batch, full_size(mask, cell))
+
+
+def full_size(mask: CellMask, cell: Sequence[int]) -> tuple[int, ...]:
+    """Sites per axis of the dense map whose cells have `cell` sites."""
+    return tuple(g * p for g, p in zip(mask.grid, cell, strict=True))
+
+
+def dense_table(mask: CellMask, cell: Sequence[int], device: torch.device) -> Table:
+    """For every packed row, the row of the dense channels-last map it comes from."""
+    return _both_ways(mask, tuple(cell), device)[0]
+
+
+def grid_table(mask: CellMask, cell: Sequence[int], device: torch.device) -> Table:
+    """For every row of the dense channels-last map, the packed row it holds, if any."""
+    return _both_ways(mask, tuple(cell), device)[1]
+
+
+def halo_table(mask: CellMask, cell: Sequence[int], span: Span, device: torch.device) -> Table:
+    """For every cell and every site of `span` around it, the packed row, if any.
+
+    The order is that of a channels-last tensor `(b * v, *span.length, c)`.
+    """
+    key = ("halo", tuple(cell), span, device)
+    n_rows = mask.batch * mask.n_visible * prod(cell)
+    return mask.remember(
+        key, lambda: Table(halo_index(mask, cell, span).reshape(-1), n_rows, device)
+    )
+
+
+def column_table(
+    mask: CellMask,
+    cell: Sequence[int],
+    span: Span,
+    window: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+    device: torch.device,
+) -> Table:
+    """For every window (kernel, stride, dilation) over `span`, the packed rows of its taps.
+
+    The order is that of a tensor `(b * v, *out_cell, *kernel, c)`.
+    """
+    n_rows = mask.batch * mask.n_visible * prod(cell)
+
+    def build() -> Table:
+        index = halo_index(mask, cell, span)
+        for axis, (k, s, d) in enumerate(zip(*window, strict=True), start=1):
+            index = index.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
+        return Table(index.reshape(-1), n_rows, device)
+
+    return mask.remember(("columns", tuple(cell), span, window, device), build)
+
+
+def halo_index(mask: CellMask, cell: Sequence[int], span: Span) -> Int[Tensor, "n *length"]:
+    """The rows of `halo_table`, by cell and site."""
+    where = mask.host.nonzero()
+    n_cells, sites, axes = where.shape[0], prod(cell), len(cell)
+    reach = [_reach(*axis) for axis in zip(span.before, span.length, cell, strict=True)]
+    sides = [g + lo + hi for g, (lo, hi) in zip(mask.grid, reach, strict=True)]
+    rank = torch.full((mask.batch, *sides), n_cells * sites)
+    inner = tuple(slice(lo, lo + g) for g, (lo, _) in zip(mask.grid, reach, strict=True))
+    rank[(slice(None), *inner)][mask.host] = torch.arange(n_cells) * sites
+    neighbour, local = where[:, 0].view(-1, *(1,) * axes), torch.zeros((1,) * (axes + 1)).long()
+    for axis, (before, length, side) in enumerate(
+        zip(span.before, span.length, cell, strict=True), start=1
+    ):
+        offset = torch.arange(length) - before
+        step = torch.div(offset, side, rounding_mode="floor")
+        along = where[:, axis, None] + step + reach[axis - 1][0]
+        shape = [length if a == axis else 1 for a in range(1, axes + 1)]
+        neighbour = neighbour * rank.shape[axis] + along.view(-1, *shape)
+        local = local * side + (offset - step * side).view(1, *shape)
+    found = rank.view(-1)[neighbour]
+    return found.add_(local.masked_fill(found == n_cells * sites, 0))
+
+
+def _both_ways(mask: CellMask, cell: tuple[int, ...], device: torch.device) -> tuple[Table, Table]:
+    """The tables of packing and unpacking: no row is named twice, each is the other's adjoint."""
+
+    def build() -> tuple[Table, Table]:
+        size, where = full_size(mask, cell), mask.host.nonzero()
+        axes = len(cell)
+        index = where[:, 0].view(-1, *(1,) * axes)
+        for axis, (sites, side) in enumerate(zip(size, cell, strict=True), start=1):
+            shape = [side if a == axis else 1 for a in range(1, axes + 1)]
+            along = where[:, axis, None] * side + torch.arange(side)
+            index = index * sites + along.view(-1, *shape)
+        there = index.reshape(-1)
+        n_dense, n_rows = mask.batch * prod(size), len(there)
+        back = torch.full((n_dense,), n_rows)
+        back[there] = torch.arange(n_rows)
+        pair = Table(there, n_dense, device), Table(back, n_rows, device)
+        pair[0].inverse, pair[1].inverse = pair[1], pair[0]
+        return pair
+
+    return mask.remember(("dense", cell, device), build)
+
+
+def _reach(before: int, length: int, side: int) -> tuple[int, int]:
+    """How many neighbouring cells a span touches on either side."""
+    return max(0, -(-before // side)), max(0, (length - before - 1) // side)

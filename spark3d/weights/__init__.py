@@ -1,0 +1,1 @@
+"""Exchange of weights: passports, encoder files, conversions."""

@@ -1,0 +1,66 @@
+"""Names of patients, planted in headers, paths and ids, reach neither store nor account."""
+
+import stat
+
+import pytest
+from datasets import snapshot
+from nifti_files import write_nifti
+
+from spark3d.data.prepare import PrepareSpec, prepare
+from spark3d.data.privacy import keyed_id, safe_cases
+from spark3d.data.sources import CaseSource, find_cases
+from spark3d.data.store import Store
+
+CANARY = "DOE^Jane 1970"
+SPEC = PrepareSpec(spacing_mm=(2, 2, 3))
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.delenv("SPARK3D_ID_KEY", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    return tmp_path
+
+
+def plant(raw):
+    for offset in (4, 148, 228, 328):
+        raw[offset : offset + len(CANARY)] = CANARY.encode()
+
+
+def test_no_name_reaches_the_store(tmp_path):
+    write_nifti(tmp_path / CANARY / "scan.nii.gz", edit=plant)
+    bad = tmp_path / CANARY / "scan 2.nii.gz"
+    bad.write_bytes(b"")
+    report = prepare(find_cases(tmp_path / CANARY), tmp_path / "s", SPEC, max_bad=1)
+    again = prepare(find_cases(tmp_path / CANARY), tmp_path / "s", SPEC, max_bad=1)
+    assert again.skipped == ["scan"]
+    assert list(report.renamed) == ["scan 2"]
+
+    nested = prepare(find_cases(tmp_path), tmp_path / "t", SPEC, max_bad=1)
+    assert all(new.startswith("case-") for new in nested.renamed.values())
+    assert len(nested.renamed) == 2
+    files = {**snapshot(tmp_path / "s"), **snapshot(tmp_path / "t")}
+    assert len(files) > 8
+    for name, content in files.items():
+        for part in ("DOE", "Jane", "scan 2"):
+            assert part not in name
+            assert part.encode() not in content
+    assert Store.open(tmp_path / "t").cases[0].group.startswith("case-")
+
+
+def test_hashed_ids_need_the_key(tmp_path, monkeypatch):
+    case = CaseSource("Jane Doe", tmp_path / "a.nii")
+    (one,), renamed = safe_cases([case])
+    assert renamed == {"Jane Doe": one.id}
+    assert safe_cases([case])[0][0].id == one.id, "the key must be kept"
+    key = tmp_path / "config" / "spark3d" / "id.key"
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    monkeypatch.setenv("SPARK3D_ID_KEY", "another")
+    assert safe_cases([case])[0][0].id != one.id
+    assert keyed_id("Jane Doe", b"x") != keyed_id("Jane Doe", b"y")
+
+
+def test_ids_of_the_strict_pattern_are_kept_and_need_no_key(tmp_path):
+    case = CaseSource("LIDC-IDRI-0001_a.1", tmp_path / "a.nii")
+    assert safe_cases([case]) == ([case], {})
+    assert not (tmp_path / "config").exists()

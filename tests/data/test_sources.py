@@ -1,0 +1,173 @@
+"""The layouts people download, quirks included, become the right lists of cases."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from datasets import decathlon
+from nifti_files import write_nifti
+
+from spark3d.data.sources import CaseSource, find, find_cases
+from spark3d.errors import DataError
+
+
+def touch(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+
+
+def test_a_decathlon_task_with_its_quirks(tmp_path):
+    found = find(decathlon(tmp_path / "t"))
+    assert found.layout == "decathlon"
+    assert found.modality == "CT"
+    assert found.labels == {"background": 0, "liver": 1, "spleen": 2}
+    sections = {c.id: c.section for c in found.cases}
+    assert sections == {
+        "pt_0": "training", "pt_1": "training", "pt_2": "training", "pt_3": "validation",
+        "un_0": "unlabelled", "un_1": "unlabelled",
+    }  # fmt: skip
+    first = found.cases[0]
+    assert first.label == tmp_path / "t" / "labelsTr" / "pt_0.nii.gz"
+    assert not found.fourth_axis
+
+
+def test_several_modalities_lie_on_the_fourth_axis(tmp_path):
+    root = decathlon(tmp_path / "t")
+    data = json.loads((root / "dataset.json").read_text())
+    data["modality"] = {"0": "FLAIR", "1": "T1w"}
+    (root / "dataset.json").write_text(json.dumps(data))
+    assert find(root).fourth_axis
+    assert find(root).modality == "MR"
+
+
+@pytest.mark.parametrize("prefix", ["RawData", "Abdomen/RawData", "."])
+def test_the_btcv_archive(tmp_path, prefix):
+    root = tmp_path / prefix
+    for n in (1, 21, 40):
+        touch(root, f"Training/img/img{n:04d}.nii.gz", f"Training/label/label{n:04d}.nii.gz")
+    touch(root, "Testing/img/img0061.nii.gz", "Training/img/.DS_Store")
+    found = find(tmp_path)
+    assert found.layout == "btcv"
+    assert found.labels is not None
+    assert len(found.labels) == 14
+    assert [(c.id, c.section) for c in found.cases] == [
+        ("img0001", "training"), ("img0021", "training"), ("img0040", "training"),
+        ("img0061", "test"),
+    ]  # fmt: skip
+    assert found.cases[1].label == root / "Training/label/label0021.nii.gz"
+    assert found.cases[3].label is None
+
+
+def test_one_part_of_the_btcv_archive(tmp_path):
+    touch(tmp_path, "img/img0001.nii.gz", "label/label0001.nii.gz")
+    (case,) = find_cases(tmp_path)
+    assert case.label == tmp_path / "label/label0001.nii.gz"
+
+
+def test_an_nnunet_dataset_with_two_channels(tmp_path):
+    touch(
+        tmp_path,
+        "imagesTr/case_7_0000.nii.gz", "imagesTr/case_7_0001.nii.gz", "labelsTr/case_7.nii.gz",
+        "imagesTs/case_9_0000.nii.gz", "imagesTs/case_9_0001.nii.gz",
+    )  # fmt: skip
+    description = {
+        "channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "tumour": 1},
+        "numTraining": 1, "file_ending": ".nii.gz",
+    }  # fmt: skip
+    (tmp_path / "dataset.json").write_text(json.dumps(description))
+    found = find(tmp_path)
+    assert found.layout == "nnunet"
+    assert found.modality == "MR"
+    assert found.labels == {"background": 0, "tumour": 1}
+    seven, nine = found.cases
+    assert [p.name for p in seven.images] == ["case_7_0000.nii.gz", "case_7_0001.nii.gz"]
+    assert (seven.section, nine.section) == ("training", "test")
+
+
+def test_images_and_labels_without_a_description(tmp_path):
+    touch(tmp_path, "imagesTr/a.nii.gz", "imagesTr/b.nii.gz", "labelsTr/a.nii.gz")
+    touch(tmp_path, "labelsTr/b.nii.gz")
+    assert [c.label.name for c in find_cases(tmp_path)] == ["a.nii.gz", "b.nii.gz"]
+
+
+def test_a_label_that_is_missing_is_reported(tmp_path):
+    touch(tmp_path, "imagesTr/a.nii.gz", "imagesTr/b.nii.gz", "labelsTr/a.nii.gz")
+    with pytest.raises(DataError, match=r"E-MISSING-FILE.*b\.nii\.gz"):
+        find_cases(tmp_path)
+
+
+def test_any_folder_is_searched_recursively_and_label_maps_are_listed(tmp_path):
+    touch(
+        tmp_path,
+        "x/ct.nii.gz", "y z/ct.nii", "top.nii.gz", "notes.txt", "._top.nii.gz", ".cache/a.nii",
+        "x/segmentations/liver.nii.gz", "labels/ct.nii.gz", "top_seg.nii.gz", "y z/ct-mask.nii",
+    )  # fmt: skip
+    found = find(tmp_path)
+    assert [c.id for c in found.cases] == ["top", "x__ct", "y z__ct"]
+    assert all(c.section == "unlabelled" and c.group == c.id for c in found.cases)
+    assert len(found.passed_over) == 4
+
+
+def test_the_patient_is_found_in_the_id(tmp_path):
+    touch(tmp_path, "p1_a.nii", "p1_b.nii", "p2_a.nii", "other.nii")
+    groups = {c.id: c.group for c in find_cases(tmp_path, r"^(p\d+)_")}
+    assert groups == {"p1_a": "p1", "p1_b": "p1", "p2_a": "p2", "other": "other"}
+
+
+@pytest.mark.parametrize(
+    ("make", "code"),
+    [
+        (lambda r: None, "E-NO-FOLDER"),
+        (lambda r: touch(r, "readme.txt"), "E-NO-CASES"),
+        (lambda r: touch(r, "a.nii", "a.nii.gz"), "E-DUPLICATE-ID"),
+        (lambda r: describe(r, "not json"), "E-DATASET-JSON"),
+        (lambda r: describe(r, "[1]"), "E-DATASET-JSON"),
+        (lambda r: describe(r, '{"training": [{"label": "x"}]}'), "E-DATASET-JSON"),
+        (lambda r: describe(r, '{"training": ["../../etc/a.nii"]}'), "E-DATASET-JSON"),
+        (lambda r: describe(r, '{"training": ["/etc/a.nii"]}'), "E-DATASET-JSON"),
+        (lambda r: describe(r, '{"labels": {"0": "bg", "2": "x"}}'), "E-LABEL-GAP"),
+        (lambda r: describe(r, '{"labels": {"0": "bg"}, "training": []}'), "E-NO-CASES"),
+        (lambda r: describe(r, '{"labels": {"a": "x"}, "training": []}'), "E-DATASET-JSON"),
+        (lambda r: describe(r, '{"training": ["a.nii"]}'), "E-MISSING-FILE"),
+    ],
+)
+def test_folders_that_are_no_data_set_are_refused(tmp_path, make, code):
+    root = tmp_path / "d"
+    make(root)
+    with pytest.raises(DataError, match=f"^{code}: [^\n]*; expected [^\n]*; "):
+        find_cases(root)
+
+
+def describe(root, text):
+    root.mkdir()
+    (root / "dataset.json").write_text(text)
+
+
+def test_a_link_that_leads_to_itself_is_reported(tmp_path):
+    os.symlink(tmp_path / "a.nii", tmp_path / "a.nii")
+    with pytest.raises(DataError, match="E-MISSING-FILE"):
+        find_cases(tmp_path)
+
+
+def test_a_case_is_its_own_patient_unless_told(tmp_path):
+    path = write_nifti(tmp_path / "a.nii", np.zeros((3, 3, 3), np.int16))
+    assert CaseSource("a", path).group == "a"
+    assert CaseSource("a", path, group="p").group == "p"
+
+
+@pytest.mark.realdata
+def test_real_data_sets_are_found(real_data):
+    kinds = {c.section: 0 for c in find_cases(real_data / "openkbp")}
+    for case in find_cases(real_data / "openkbp"):
+        kinds[case.section] += 1
+    assert kinds == {"training": 97, "unlabelled": 124, "validation": 16}
+    hippocampus = find(real_data / "msd_hippocampus")
+    assert hippocampus.layout == "decathlon"
+    assert len(hippocampus.cases) >= 195
+    assert hippocampus.modality == "MR"
+    assert {c.id for c in find_cases(real_data / "trunk_ct")} == {
+        "cardiac_cta", "chest_ct_1p5mm", "example_ct", "example_ct_sm",
+    }  # fmt: skip

@@ -1,0 +1,83 @@
+"""Recipes: strict, round-tripping, with errors that carry the remedy."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spark3d.config import (
+    FinetuneRecipe,
+    PretrainRecipe,
+    changed_keys,
+    dump_yaml,
+    find_recipe,
+    load_recipe,
+    read_yaml,
+    resolve,
+)
+from spark3d.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lrr=1", "did you mean 'optim.lr'"),
+        ("optm.lr=1", "did you mean 'optim.lr'"),
+        ("lr=3", "did you mean 'optim.lr'"),
+        ("data.window={low: 1, hih: 2}", "data.window"),
+        ("optim.lr=fast", "optim.lr='fast'"),
+        ("mask.ratio=1.0", "mask.ratio=1.0"),
+        ("optim.lr", "must read section.key=value"),
+        ("optim.lr={a: 1, a: 2}", "stands twice"),
+        ("seed=!!python/object:os.system x", "not valid YAML"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_with_the_remedy(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=r"recipe|optim|seed|key") as caught:
+        load_recipe(PretrainRecipe, None, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@given(
+    lr=st.floats(1e-8, 1e3),
+    crop=st.one_of(
+        st.just("auto"),
+        st.integers(1, 512),
+        st.lists(st.integers(1, 99), min_size=3, max_size=3),
+    ),
+    steps=st.integers(1, 10**7),
+)
+def test_a_resolved_recipe_reads_back_equal(lr: float, crop: object, steps: int) -> None:
+    tree = {"optim.lr": lr, "data.crop": crop, "optim.steps": steps}
+    recipe = resolve(PretrainRecipe(), tree)
+    assert PretrainRecipe.model_validate(read_yaml(dump_yaml(recipe))) == recipe
+
+
+def test_scientific_notation_is_a_number_as_yaml_1_2_says() -> None:
+    assert read_yaml("[1e-3, 1E3, -2.5e+2, 1.0, .5]") == [1e-3, 1e3, -250.0, 1.0, 0.5]
+    assert read_yaml("[3, e3, 1e, 2026-01-01x]") == [3, "e3", "1e", "2026-01-01x"]
+
+
+def test_only_sections_that_change_results_make_another_run() -> None:
+    plain = PretrainRecipe()
+    faster = resolve(plain, {"compute.workers": 2, "log.every": 7})
+    other = resolve(plain, {"optim.lr": 0.5, "mask.ratio": 0.7, "compute.workers": 2})
+    assert changed_keys(plain, faster) == []
+    assert changed_keys(plain, other) == ["mask.ratio", "optim.lr"]
+
+
+def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
+    with pytest.raises(ConfigError, match="openkbp_segresnet"):
+        find_recipe("no_such_recipe", "pretrain")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda f: f.stem)
+def test_every_shipped_recipe_loads_and_opens_with_its_command(file: Path) -> None:
+    kind = PretrainRecipe if file.parent.name == "pretrain" else FinetuneRecipe
+    load_recipe(kind, file)
+    head = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    assert any(f"{file.parent.name} {file.stem}" in line and "--data" in line for line in head)

@@ -102,7 +102,8 @@ def pretrain(
     out: Annotated[Path | None, typer.Option(help="Run folder; an existing run resumes.")] = None,
     dims: Annotated[int | None, typer.Option(help="2 or 3; default the recipe's, else 3.")] = None,
     exclude: Annotated[
-        Path | None, typer.Option(help="Text file of case ids never to read, one a line.")
+        Path | None,
+        typer.Option(help="Never to read: file of case ids, or a split (its held-out cases)."),
     ] = None,
 ) -> None:
     """Pre-train an encoder on unlabelled volumes (or images) by masked reconstruction.
@@ -133,7 +134,7 @@ def finetune(
         Path | None, typer.Option(help="encoder.safetensors or its run; without: from scratch.")
     ] = None,
     allow_overlap: Annotated[
-        bool, typer.Option(help="Go on although validation volumes were seen in pre-training.")
+        bool, typer.Option(help="Go on although held-out volumes were seen in training; told.")
     ] = False,
 ) -> None:
     """Fine-tune a MONAI segmentation network on labelled volumes, from an encoder or from scratch.

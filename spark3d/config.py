@@ -232,12 +232,15 @@ class SplitSection(Section):
 
     `dataset` follows the data's own lists; where it has none, and with `share`, `validation_share`
     of the patients is held out by a hash of their id. `list` takes the ids of `train` and
-    `validation`. `labels` keeps that many of the training cases, the first of an order drawn with
+    `validation`; `named` a published split, or a JSON file, by `name` (and `fold`, where it has
+    folds). `labels` keeps that many of the training cases, the first of an order drawn with
     `subset_seed`.
     """
 
-    use: Literal["dataset", "share", "list"] = "dataset"
+    use: Literal["dataset", "share", "list", "named"] = "dataset"
     validation_share: float = Field(default=0.2, gt=0, lt=1)
+    name: str = ""
+    fold: int | None = Field(default=None, ge=0)
     train: tuple[str, ...] = ()
     validation: tuple[str, ...] = ()
     labels: int | None = Field(default=None, ge=1)

@@ -53,7 +53,8 @@ def finetune_command(
         encoder: `encoder.safetensors` of a pre-training or its folder; None: from scratch.
         recipe: name of a shipped recipe or a YAML file.
         overrides: `section.key=value`.
-        allow_overlap: go on although validation volumes were seen in pre-training.
+        allow_overlap: go on although held-out volumes were seen in training or pre-training; the
+            run's record and the report say so.
     """
     path = find_recipe(recipe or "segresnet_3d", "finetune")
     asked = load_recipe(FinetuneRecipe, path, overrides)

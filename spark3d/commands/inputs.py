@@ -27,6 +27,7 @@ from spark3d.config import FinetuneRecipe, PretrainRecipe, resolve, to_tree
 from spark3d.data.images2d import ImageCrops, scan_images
 from spark3d.data.plan import suggest_plan
 from spark3d.data.record import CaseRecord
+from spark3d.data.splits import named_split, split_names
 from spark3d.data.store import Store
 from spark3d.data.stream import Numbered, Sample, batches
 from spark3d.engine.logging import step_progress
@@ -219,9 +220,12 @@ HELD_OUT = ("validation", "test")
 
 
 def excluded_ids(path: Path | None) -> frozenset[str]:
-    """Case ids of a text file, one a line."""
+    """Case ids of a text file, one a line; or those that a named split keeps from training."""
     if path is None:
         return frozenset()
+    if str(path) in split_names() or path.suffix == ".json":
+        split = named_split(str(path))
+        return frozenset((*split.validation, *split.test))
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

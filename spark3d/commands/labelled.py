@@ -1,6 +1,5 @@
 """What fine-tuning reads: labelled cases, their split, encoder weights, the stream of crops."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from spark3d import build
 from spark3d.commands.inputs import stream
+from spark3d.commands.splitting import check_overlap, split_cases
 from spark3d.commands.stores import (
     check_crop,
     fixed,
@@ -20,22 +20,18 @@ from spark3d.commands.stores import (
     padding_notes,
     planned,
     shared_batch,
-    some,
     volume_crops,
 )
 from spark3d.config import FinetuneRecipe, resolve, to_tree
 from spark3d.data.loader import VolumeCrops
 from spark3d.data.plan import suggest_plan
 from spark3d.data.record import CaseRecord
-from spark3d.data.splits import few_labels, held_out
 from spark3d.data.store import Store
 from spark3d.data.stream import Sample
 from spark3d.errors import ConfigError, DataError
 from spark3d.weights.exchange import load_encoder
 from spark3d.weights.passport import Passport
 from spark3d.weights.segmenters import ModelCard
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,6 +47,7 @@ class FinetuneInputs:
         labels: name of every foreground class.
         weights: encoder weights and their passport; None for a start from scratch.
         notes: what was chosen from the data, and why; for the screen.
+        overlap: what the encoder has seen of each part, and which leaks were allowed.
     """
 
     recipe: FinetuneRecipe
@@ -61,6 +58,7 @@ class FinetuneInputs:
     labels: dict[int, str]
     weights: tuple[dict[str, Tensor], Passport] | None
     notes: tuple[str, ...]
+    overlap: dict[str, Any]
 
     @property
     def classes(self) -> int:
@@ -78,6 +76,7 @@ class FinetuneInputs:
             "encoder": self.weights[1].sha256 if self.weights else None,
             "train": list(self.train),
             "validation": list(self.validation),
+            **({"overlap": self.overlap} if self.overlap else {}),
         }
 
     def batches(self, done: int, rank: int, world: int) -> Iterator[Sample]:
@@ -140,10 +139,10 @@ def finetune_inputs(
     labelled = [r for r in store.cases if r.has_label]
     if not labelled:
         raise DataError(f"{data} has no labelled case; see `spark3d prepare --help`")
-    train, validation = split_cases(recipe, labelled)
+    parts = split_cases(recipe.split, store.cases)
+    overlap = check_overlap(parts, weights[1] if weights else None, allow_overlap)
+    train, validation = parts.train, parts.validation
     check_channels(recipe, [*train, *validation])
-    if weights:
-        refuse_overlap(weights[1], train, validation, allow_overlap)
     recipe, reasons = plan_finetuning(recipe, store, train, unit, fabric.world_size)
     labels = label_names(store, labelled)
     crops = volume_crops(store, train, recipe, labelled=True)
@@ -151,10 +150,11 @@ def finetune_inputs(
         f"spacing {' x '.join(f'{s:g}' for s in store.spacing_mm)} mm: {why}",
         *reasons,
         *padding_notes(crops),
+        *([parts.note] if parts.note else []),
         f"{len(train)} training and {len(validation)} validation cases, labels {labels}",
     ]
     ids = tuple(r.id for r in train), tuple(r.id for r in validation)
-    return FinetuneInputs(recipe, store, crops, *ids, labels, weights, tuple(notes))
+    return FinetuneInputs(recipe, store, crops, *ids, labels, weights, tuple(notes), overlap)
 
 
 def plan_finetuning(
@@ -221,59 +221,6 @@ def plan_from_encoder(
         changes["data.window"] = dict(passport.intensity)
     notes = [f"{key}={value}: as the encoder was pre-trained" for key, value in changes.items()]
     return resolve(recipe, changes), notes
-
-
-def split_cases(
-    recipe: FinetuneRecipe, labelled: Sequence[CaseRecord]
-) -> tuple[list[CaseRecord], list[CaseRecord]]:
-    """Training and validation cases by the recipe's section `split`."""
-    split = recipe.split
-    by_id = {r.id: r for r in labelled}
-    if split.use == "list":
-        unknown = [i for i in (*split.train, *split.validation) if i not in by_id]
-        if unknown or not split.train:
-            raise ConfigError(
-                f"split.train and split.validation name cases without a label here: {unknown[:5]}"
-                if unknown
-                else "split.use=list needs ids in split.train"
-            )
-        train = [by_id[i] for i in split.train]
-        validation = [by_id[i] for i in split.validation]
-    else:
-        validation = [r for r in labelled if r.section == "validation"]
-        train = [r for r in labelled if r.section == "training"]
-        if split.use == "share" or not validation:
-            train = [r for r in labelled if r.section != "test"]
-            held = held_out({r.id: r.group for r in train}, split.validation_share)
-            validation = [r for r in train if r.id in held]
-            train = [r for r in train if r.id not in held]
-    if split.labels is not None:
-        kept = few_labels([r.id for r in train], split.labels, split.subset_seed)
-        train = [by_id[i] for i in kept]
-    return train, validation
-
-
-def refuse_overlap(
-    passport: Passport,
-    train: Sequence[CaseRecord],
-    validation: Sequence[CaseRecord],
-    allow: bool,
-) -> None:
-    """Warn of training volumes seen in pre-training; refuse validation volumes that were.
-
-    Raises:
-        DataError: names the cases, unless `allow`.
-    """
-    seen = frozenset(passport.content_hashes)
-    leaked = [r.id for r in validation if r.content_hash in seen]
-    if leaked:
-        told = f"{len(leaked)} validation volumes were seen in pre-training: {some(leaked)}"
-        if not allow:
-            raise DataError(f"{told}; pre-train without them, or pass --allow-overlap")
-        log.warning("%s; scores on them are not those of unseen cases", told)
-    both = sum(r.content_hash in seen for r in train)
-    if both:
-        log.info("  %d of %d training volumes were seen in pre-training", both, len(train))
 
 
 def label_names(store: Store, labelled: Sequence[CaseRecord]) -> dict[int, str]:

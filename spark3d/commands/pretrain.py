@@ -45,7 +45,8 @@ def pretrain_command(
         recipe: name of a shipped recipe or a YAML file.
         overrides: `section.key=value`.
         dims: 2 or 3; default the recipe's.
-        exclude: text file of case ids never to read, one a line.
+        exclude: never to read: text file of case ids, one a line, or a split's name or JSON file
+            (its validation and test cases).
 
     Returns:
         The encoder weights, `out/encoder.safetensors`.

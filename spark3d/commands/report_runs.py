@@ -128,6 +128,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("Masking", _masking(_section(recipe, "mask"))),
         ("Started from", _start(run)),
         ("Training cases", _cases(_section(record, "inputs").get("train"))),
+        ("Seen in pre-training", _seen(_section(_section(record, "inputs"), "overlap"))),
+        ("Overlap allowed", _allowed(_section(_section(record, "inputs"), "overlap"))),
         ("Budget", _budget(_section(recipe, "optim"))),
         ("Crop", _times(data.get("crop"))),
         ("Spacing", f"{_times(data['spacing_mm'])} mm" if data.get("spacing_mm") else ""),
@@ -154,6 +156,17 @@ def _start(run: Run) -> str:
 
 def _cases(names: Any) -> str:
     return str(len(names)) if isinstance(names, list) else ""
+
+
+def _seen(overlap: Mapping[str, Any]) -> str:
+    counts = _section(overlap, "pretraining")
+    parts = [f"{n} of {of} {part}" for part, (n, of) in counts.items() if of]
+    return f"{', '.join(parts)} volumes" if parts else ""
+
+
+def _allowed(overlap: Mapping[str, Any]) -> str:
+    told = overlap.get("allowed")
+    return f"{'; '.join(told)}. Scores are not those of unseen cases." if told else ""
 
 
 def _masking(mask: Mapping[str, Any]) -> str:

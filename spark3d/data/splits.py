@@ -8,14 +8,17 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
 import xxhash
 
-from spark3d.data.checks import check_apart
+from spark3d.data.checks import check_apart, fault
 from spark3d.data.record import CaseRecord
 from spark3d.errors import ConfigError, DataError
 
 FOLDER = files("spark3d.data") / "named_splits"
+BESIDE = ("validation", "test", "about", "labels")
 
 
 @dataclass(frozen=True)
@@ -65,35 +68,89 @@ def split_names() -> tuple[str, ...]:
     )
 
 
-def named_split(name: str) -> Split:
-    """A published split.
+def named_split(name: str, fold: int | None = None) -> Split:
+    """A published split by its name, or a split of your own by the path of its JSON file.
+
+    Args:
+        name: one of `split_names()`, or a file ending in `.json`; see `parse_split`.
+        fold: which fold validates, from 0, where the file holds folds.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: there is none of this name, or the fold does not fit it.
+        DataError: the file is absent or no split.
     """
-    if name not in split_names():
-        raise ConfigError(f"no split is called {name!r}: choose from {', '.join(split_names())}")
-    return parse_split(name, json.loads((FOLDER / f"{name}.json").read_text("utf-8")))
+    if name in split_names():
+        return parse_split(name, json.loads((FOLDER / f"{name}.json").read_text("utf-8")), fold)
+    if not name.endswith(".json"):
+        raise ConfigError(
+            f"no split is called {name!r}: choose from {', '.join(split_names())}, or give a JSON "
+            "file"
+        )
+    try:
+        data = json.loads(Path(name).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise fault(
+            "E-SPLIT-FILE", name, f"a file that cannot be read ({type(error).__name__})",
+            "JSON with the lists of a split", "check the path of split.name, or correct the file",
+        ) from None  # fmt: skip
+    return parse_split(Path(name).name, data, fold)
 
 
-def parse_split(name: str, data: Mapping) -> Split:
+def parse_split(name: str, data: Any, fold: int | None = None) -> Split:
     """A split from the content of its JSON file.
 
+    Args:
+        name: of the split, for messages.
+        data: `{"train": [...], "validation": [...], "test": [...]}`; or `{"folds": [[...], ...]}`,
+            of which one validates and the others train (`about`, `labels` and `test` may stand
+            beside); or nnU-Net's list of `{"train": [...], "val": [...]}`.
+        fold: from 0, where there are folds.
+
     Raises:
-        ConfigError: keys missing or unknown.
+        ConfigError: a fold that is not there, is missing or not wanted.
+        DataError: no such lists.
     """
-    known = {"about", "train", "validation", "test", "labels"}
-    if not isinstance(data, Mapping) or "train" not in data or set(data) - known:
-        raise ConfigError(f"split {name}: give 'train', and any of {', '.join(sorted(known))}")
-    labels = data.get("labels")
-    return Split(
-        name,
-        str(data.get("about", "")),
-        tuple(data["train"]),
-        tuple(data.get("validation", ())),
-        tuple(data.get("test", ())),
-        None if labels is None else tuple(int(v) for v in labels),
-    )
+    try:
+        pairs = _pairs(data)
+        head = {} if isinstance(data, list) else data
+        about, test = str(head.get("about", "")), _ids(head.get("test", []))
+        labels = tuple(int(v) for v in head["labels"]) if "labels" in head else None
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise fault(
+            "E-SPLIT-FILE", name, "something else than the lists of a split",
+            f"lists of case ids, called 'train' or 'folds', beside any of {', '.join(BESIDE)}",
+            "correct the file",
+        ) from None  # fmt: skip
+    if "folds" not in head and isinstance(data, dict):
+        if fold is not None:
+            raise ConfigError(f"split {name} has no folds; leave split.fold out")
+        return Split(name, about, *pairs[0], test, labels)
+    if fold is None or not 0 <= fold < len(pairs):
+        asked = "none was chosen" if fold is None else f"{fold} is not among them"
+        raise ConfigError(
+            f"split {name} has {len(pairs)} folds, {asked}: give split.fold=0 to {len(pairs) - 1}"
+        )
+    return Split(f"{name}, fold {fold}", about, *pairs[fold], test, labels)
+
+
+def _pairs(data: Any) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Training and validation ids, once or for each fold."""
+    if isinstance(data, list):
+        return [(_ids(part["train"]), _ids(part["val"])) for part in data]
+    if set(data) - {"train", "folds", *BESIDE}:
+        raise KeyError("unknown keys")
+    if "folds" not in data:
+        return [(_ids(data["train"]), _ids(data.get("validation", [])))]
+    parts = [_ids(part) for part in data["folds"]]
+    rest = [[case for j, part in enumerate(parts) if j != k for case in part]
+            for k in range(len(parts))]  # fmt: skip
+    return [(tuple(others), part) for others, part in zip(rest, parts, strict=True)]
+
+
+def _ids(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(case, str) for case in value):
+        raise TypeError("no list of ids")
+    return tuple(value)
 
 
 def folds(groups: Mapping[str, str], count: int, seed: int = 0) -> tuple[tuple[str, ...], ...]:

@@ -66,7 +66,7 @@ def test_a_split_that_does_not_fit_is_refused():
         twice.check(["a", "b"])
     with pytest.raises(ConfigError, match="btcv-monai-24-6"):
         named_split("btcv")
-    with pytest.raises(ConfigError, match="'train'"):
+    with pytest.raises(DataError, match=r"E-SPLIT-FILE: mine: .*'train'"):
         parse_split("mine", json.loads('{"trian": []}'))
 
 

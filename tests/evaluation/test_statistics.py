@@ -60,9 +60,7 @@ def test_the_sign_flip_test_agrees_with_scipy(pairs):
     ours = paired_difference(
         dict.fromkeys(keys, 0.0), dict(zip(keys, difference, strict=True)), rng()
     )
-    theirs = stats.permutation_test(
-        (difference,), np.mean, permutation_type="samples", rng=rng()
-    )
+    theirs = stats.permutation_test((difference,), np.mean, permutation_type="samples", rng=rng())
     assert ours.permutation_p == pytest.approx(theirs.pvalue, abs=0.015)
 
 

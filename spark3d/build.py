@@ -33,7 +33,13 @@ from spark3d.engine.optim import build_optimizer, parameter_groups
 from spark3d.engine.schedule import learning_rate, weight_decay
 from spark3d.errors import ConfigError, EnvironmentProblem
 from spark3d.models.backbones import Backbone, build_backbone, synchronise_norms
-from spark3d.models.balance import balance_stages, can_balance, stage_spreads
+from spark3d.models.balance import (
+    balance_stages,
+    can_balance,
+    free_norms,
+    restore_norms,
+    stage_spreads,
+)
 from spark3d.models.decoder import LightDecoder, OfficialDecoder
 from spark3d.models.densify import Densify
 from spark3d.models.losses import DiceCrossEntropy
@@ -213,8 +219,9 @@ def segmenter(
     if not balanced:
         return network, load_into(network, state, passport=passport, backbone=model.backbone)
     batch = crops()
-    fresh = stage_spreads(network, batch)
+    fresh, norms = stage_spreads(network, batch), free_norms(network)
     report = load_into(network, state, passport=passport, backbone=model.backbone)
+    restore_norms(network, norms)
     balance_stages(network, fresh, batch)
     return network, report
 

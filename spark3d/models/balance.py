@@ -1,4 +1,4 @@
-"""Give the stages of a pre-trained SegResNet the spread they have in a fresh one.
+"""Give a pre-trained SegResNet the scales of a fresh one, which leaves its features as they are.
 
 The stages of SegResNet are sums of residual branches without a norm at their end, and every branch
 begins with one. Pre-training can therefore let a stage's scale grow at no cost: after 2400 steps
@@ -6,11 +6,15 @@ the deepest stage of a small network was 19 times as wide as at the start. In th
 network the decoder adds stages to each other without a norm between, and the deep ones drown the
 fine ones. Every branch normalises what it reads, so a stage can be scaled by any factor by scaling
 the convolutions that write into it, and the encoder computes the same normalised features.
+
+Convolutions between two norms have a free scale too. Theirs grows in pre-training, and the larger a
+scale-free weight, the smaller the change that a step of the optimiser makes to what it computes:
+without mending it, one learning rate would mean less to a pre-trained encoder than to a fresh one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -42,6 +46,28 @@ def stage_spreads(network: nn.Module, crops: Float[Tensor, "b c *size"]) -> tupl
         _, stages = network.encode(crops)
     network.train(training)
     return tuple(float(stage.float().std()) for stage in stages)
+
+
+def free_weights(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The kernels of the encoder whose scale the next norm undoes, by name."""
+    if not isinstance(network, SegResNet):
+        return {}
+    named = network.named_parameters()
+    return {
+        k: v for k, v in named if k.startswith("down_layers") and k.endswith("conv1.conv.weight")
+    }
+
+
+def free_norms(network: nn.Module) -> dict[str, float]:
+    """Euclidean norms of the `free_weights`."""
+    return {name: float(weight.detach().norm()) for name, weight in free_weights(network).items()}
+
+
+def restore_norms(network: nn.Module, wanted: Mapping[str, float]) -> None:
+    """Scale the `free_weights` to the given norms, in place; features change by the norms' eps."""
+    with torch.no_grad():
+        for name, weight in free_weights(network).items():
+            weight.mul_(wanted[name] / weight.norm())
 
 
 def balance_stages(

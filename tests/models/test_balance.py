@@ -6,7 +6,14 @@ from torch import nn
 
 from spark3d.errors import ConfigError
 from spark3d.models.backbones import build_backbone
-from spark3d.models.balance import balance_stages, can_balance, stage_spreads
+from spark3d.models.balance import (
+    balance_stages,
+    can_balance,
+    free_norms,
+    free_weights,
+    restore_norms,
+    stage_spreads,
+)
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
@@ -29,3 +36,18 @@ def test_other_networks_are_refused() -> None:
     assert not can_balance(nn.Conv2d(1, 1, 1))
     with pytest.raises(ConfigError, match=r"model\.balance=false"):
         stage_spreads(nn.Conv2d(1, 1, 1), torch.zeros(1, 1, 4, 4))
+
+
+def test_free_norms_are_restored_without_changing_the_stages() -> None:
+    options = {"init_filters": 8, "blocks_down": (1, 2, 1), "blocks_up": (1, 1)}
+    network = build_backbone("monai/segresnet", 3, 1, **options).network.double()
+    crops = torch.randn(3, 1, 16, 16, 16, dtype=torch.float64)
+    norms, before = free_norms(network), stage_spreads(network, crops)
+    assert len(norms) == 4
+    with torch.no_grad():
+        for weight in free_weights(network).values():
+            weight.mul_(2.5)
+    assert free_norms(network) == pytest.approx({k: 2.5 * v for k, v in norms.items()})
+    restore_norms(network, norms)
+    assert free_norms(network) == pytest.approx(norms)
+    assert stage_spreads(network, crops) == pytest.approx(before, rel=1e-6)

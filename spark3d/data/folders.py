@@ -68,22 +68,23 @@ def place(source: Path, target: Path, how: Placing = "link") -> None:
         os.fsync(stream.fileno())
 
 
-def write_channel(source: Path, target: Path, channel: int) -> None:
-    """Write one channel of a 4D NIfTI file as a volume on the same grid, in the same axis order.
+def write_channel(source: Path, target: Path, channel: int | None = None) -> None:
+    """Write one channel of a 4D NIfTI file, or a whole 3D one, on the same grid and axis order.
 
     Voxels keep their type unless slope and intercept have to be applied (then float32).
 
     Raises:
-        DataError: the file is not 4D, or has no such channel.
+        DataError: the file has no such channel, or is 4D and none was asked for.
     """
     header, raw = read_nifti(source)
     count = raw.shape[3] if raw.ndim == 4 else 1
-    if not 0 <= channel < count or raw.ndim != 4:
+    if (channel is None) != (raw.ndim == 3) or not 0 <= (channel or 0) < count:
+        asked = "one volume" if channel is None else f"at least {channel + 1} on a fourth axis"
         raise fault(
-            "E-CHANNEL", source, f"{count} channels", f"at least {channel + 1} on a fourth axis",
-            "choose another channel, or correct the declared modalities",
+            "E-CHANNEL", source, f"{count} channels on {raw.ndim} axes", asked,
+            "correct the declared modalities, or leave the file out",
         )  # fmt: skip
-    voxels = raw[..., channel]
+    voxels = raw if channel is None else raw[..., channel]
     if (header.slope, header.intercept) != (1, 0):
         voxels = (voxels.astype(np.float64) * header.slope + header.intercept).astype(np.float32)
     target.parent.mkdir(parents=True, exist_ok=True)

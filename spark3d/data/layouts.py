@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spark3d.data.checks import fault
 from spark3d.data.dataset_json import (
     declared_labels,
     declared_modality,
@@ -124,14 +125,34 @@ def decathlon(root: Path, data: dict[str, Any]) -> FoundCases:
     )
 
 
+def is_nnunet(root: Path, data: dict[str, Any]) -> bool:
+    """Whether a `dataset.json` is nnU-Net's: version 2 by its keys, version 1 by its files.
+
+    Version 1 has the keys of the Decathlon and lists `case.nii.gz` for `case_0000.nii.gz`.
+    """
+    if "channel_names" in data:
+        return True
+    first = next((e for e in data.get("training") or [] if isinstance(e, dict)), {})
+    listed = root / str(first.get("image", ""))
+    return not listed.exists() and _existing(listed.parent, f"{_stem(listed)}_0000") is not None
+
+
 def nnunet(root: Path, data: dict[str, Any]) -> FoundCases:
-    """A raw nnU-Net dataset: `imagesTr`, `labelsTr`, `imagesTs`, one file per channel."""
+    """A raw nnU-Net dataset: `imagesTr`, `labelsTr`, `imagesTs`, one file per channel.
+
+    Raises:
+        DataError: cases without one of the declared channels (all are named), an ignore label.
+    """
+    names = data.get("channel_names", data.get("modality"))
+    names = names if isinstance(names, dict) else {}
     cases: list[CaseSource] = []
     for part, labels, section in (
         ("imagesTr", "labelsTr", "training"),
         ("imagesTs", "labelsTs", "test"),
     ):
-        for case_id, files in _channels(root / part).items():
+        found = _channels(root / part)
+        _check_channels(root, found, len(names))
+        for case_id, files in found.items():
             label = _existing(root / labels, case_id)
             if label is None and section == "training" and (root / labels).is_dir():
                 label = root / labels / f"{case_id}.nii.gz"  # reported with all that are absent
@@ -139,13 +160,13 @@ def nnunet(root: Path, data: dict[str, Any]) -> FoundCases:
                 CaseSource(case_id, files[0], label, "", section if label or section == "test" else
                            "unlabelled", tuple(files[1:]))
             )  # fmt: skip
-    names = data.get("channel_names")
-    return FoundCases(
-        "nnunet",
-        tuple(cases),
-        declared_modality(names.values()) if isinstance(names, dict) else "auto",
-        declared_labels(data.get("labels"), root),
-    )
+    declared = declared_labels(data.get("labels"), root)
+    if "ignore" in (declared or {}):
+        raise fault(
+            "E-LABEL-IGNORE", root / "dataset.json", "a label called 'ignore'", "classes to learn",
+            "training on partly labelled volumes is not supported; leave these cases out",
+        )  # fmt: skip
+    return FoundCases("nnunet", tuple(cases), declared_modality(names.values()), declared)
 
 
 def _channels(folder: Path) -> dict[str, list[Path]]:
@@ -154,9 +175,26 @@ def _channels(folder: Path) -> dict[str, list[Path]]:
     numbered = all(re.search(r"_\d{4}$", _stem(path)) for path in volumes)
     found: dict[str, list[Path]] = {}
     for path in volumes:
-        stem = _stem(path)
-        found.setdefault(stem[:-5] if numbered else stem, []).append(path)
+        name = _stem(path)
+        found.setdefault(name[:-5] if numbered else name, []).append(path)
     return found
+
+
+def _check_channels(root: Path, found: dict[str, list[Path]], declared: int) -> None:
+    """Refuse cases without the channels 0000 to the last declared one, or with others."""
+    count = declared or max(map(len, found.values()), default=0)
+    wanted = [f"{k:04d}" for k in range(count)]
+    wrong = [
+        case_id
+        for case_id, files in found.items()
+        if [_stem(path)[-4:] for path in files] != wanted and (count > 1 or len(files) > 1)
+    ]
+    if wrong:
+        raise fault(
+            "E-CHANNELS", root, f"cases without exactly the channels {', '.join(wanted)}: "
+            f"{', '.join(wrong[:8])}{f' and {len(wrong) - 8} more' if wrong[8:] else ''}",
+            f"{count} files per case", "complete these cases, or correct channel_names",
+        )  # fmt: skip
 
 
 def _existing(folder: Path, case_id: str) -> Path | None:

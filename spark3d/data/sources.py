@@ -17,6 +17,7 @@ from spark3d.data.layouts import (
     btcv,
     btcv_part,
     decathlon,
+    is_nnunet,
     nnunet,
     plain,
 )
@@ -59,7 +60,7 @@ def _recognise(root: Path) -> FoundCases:
     description = root / "dataset.json"
     if description.is_file():
         data = read_json(description)
-        return nnunet(root, data) if "channel_names" in data else decathlon(root, data)
+        return nnunet(root, data) if is_nnunet(root, data) else decathlon(root, data)
     trees = (root, root / "RawData", root / "Abdomen" / "RawData")
     for tree in trees:
         if any((tree / part / "img").is_dir() for part in ("Training", "Testing")):

@@ -23,6 +23,7 @@ from spark3d.commands.stores import (
     volume_crops,
 )
 from spark3d.config import FinetuneRecipe, resolve, to_tree
+from spark3d.data.checks import check_label_names
 from spark3d.data.loader import VolumeCrops
 from spark3d.data.plan import suggest_plan
 from spark3d.data.record import CaseRecord
@@ -224,7 +225,13 @@ def plan_from_encoder(
 
 
 def label_names(store: Store, labelled: Sequence[CaseRecord]) -> dict[int, str]:
-    """Names by class number: those of the data set, else `class 1`, `class 2`, ..."""
+    """Names by class number: those of the data set, else `class 1`, `class 2`, ...
+
+    Raises:
+        DataError: labels that nothing declares do not count 0, 1, 2, ... without gaps.
+    """
     names = {value: name for name, value in (store.settings["labels"] or {}).items()}
     present = sorted({value for r in labelled for value in r.labels or () if value > 0})
+    if not names:
+        check_label_names({f"class {value}": value for value in (0, *present)}, store.folder)
     return {value: names.get(value, f"class {value}") for value in sorted({*present, *names} - {0})}

@@ -9,6 +9,7 @@ from hypothesis import settings
 
 settings.register_profile("default", deadline=None, max_examples=20, derandomize=True)
 settings.register_profile("long", deadline=None, max_examples=300)
+os.environ.setdefault("SPARK3D_ID_KEY", "tests")  # else one is made in the user's own folder
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

@@ -22,7 +22,7 @@ from spark3d.build import LoadedSegmenter, load_segmenter
 from spark3d.commands.predict_ledger import Ledger
 from spark3d.data.case import PrepareSpec, prepare_case
 from spark3d.data.geometry import resample_onto
-from spark3d.data.io import write_label
+from spark3d.data.io import stem, write_label
 from spark3d.data.nifti_header import Geometry
 from spark3d.data.privacy import safe_cases
 from spark3d.data.sources import CaseSource, find
@@ -78,7 +78,7 @@ def predict_command(
 
     Args:
         model: run folder of a fine-tuning, or its `model.safetensors`.
-        data: folder of volumes in any known layout, or one NIfTI file.
+        data: folder of volumes in any known layout, or one file.
         out: gets `<case>.nii.gz` and `predict.json`.
         batch: windows per forward pass.
         device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1", ...
@@ -226,11 +226,8 @@ def cases_of(data: Path, section: str | None) -> list[CaseSource]:
     Raises:
         DataError: none.
     """
-    if data.is_file():
-        name = data.name.removesuffix(".gz").removesuffix(".nii")
-        cases = [CaseSource(id=name, image=data)]
-    else:
-        cases = list(find(data).cases)
+    one = data.is_file()
+    cases = [CaseSource(id=stem(data), image=data)] if one else list(find(data).cases)
     if section is not None:
         known = sorted({c.section for c in cases})
         cases = [c for c in cases if c.section == section]

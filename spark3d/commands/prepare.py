@@ -20,6 +20,15 @@ from spark3d.data.sources import FoundCases, find
 from spark3d.data.store import Store
 from spark3d.errors import ConfigError
 
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    TextColumn("left"),
+    TimeRemainingColumn(),
+)
+
 
 def prepare_command(
     data: Path,
@@ -40,7 +49,8 @@ def prepare_command(
     """Prepare the cases of a folder into a store and say what became of each.
 
     Args:
-        data: Decathlon task, nnU-Net dataset, BTCV tree, or any folder of NIfTI files.
+        data: Decathlon task, nnU-Net dataset, BTCV tree, or any folder of volumes (NIfTI, NRRD,
+            MetaImage, DICOM series).
         out: the store; an interrupted run goes on where it stopped.
         spacing: "auto" (median of the data), one number for all axes, or "x,y,z" in mm, RAS+.
         modality: "auto", "CT" or "MR".
@@ -68,8 +78,14 @@ def prepare_command(
         console.print(f"{finalize(out)} cases in {out}")
         return None
 
-    found = find(data, group_pattern)
-    _show_found(found, data, console)
+    with Progress(*COLUMNS, console=console, transient=True) as bar:
+        task = bar.add_task("reading DICOM headers", total=None, visible=False)
+        found = find(
+            data,
+            group_pattern,
+            lambda done, total: bar.update(task, completed=done, total=total, visible=True),
+        )
+    show_found(found, data, console)
     spec = PrepareSpec(
         spacing_mm=parse_spacing(spacing),
         modality=_choose(modality, found.modality),
@@ -80,15 +96,7 @@ def prepare_command(
         chunk=_one_of("chunk", chunk, (32, 64)),
     )
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
+    with Progress(*COLUMNS, console=console) as bar:
         task = bar.add_task("preparing", total=len(found.cases))
         report = prepare(
             found.cases,
@@ -154,7 +162,7 @@ def _one_of(name: str, value: Any, allowed: tuple) -> Any:
     return value
 
 
-def _show_found(found: FoundCases, data: Path, console: Console) -> None:
+def show_found(found: FoundCases, data: Path, console: Console) -> None:
     sections: dict[str, int] = {}
     for case in found.cases:
         sections[case.section] = sections.get(case.section, 0) + 1
@@ -164,10 +172,14 @@ def _show_found(found: FoundCases, data: Path, console: Console) -> None:
         f"{data}: {len(found.cases)} cases ({found.layout} layout; {parts}; {labelled} labelled)"
     )
     if found.passed_over:
-        shown = ", ".join(path.name for path in found.passed_over[:3])
+        console.print(f"  passed over {len(found.passed_over)} files named as label maps")
+    for notice in found.notices:
+        console.print(f"  {notice}")
+    if found.renamed:
         console.print(
-            f"  passed over {len(found.passed_over)} files named as label maps ({shown}, ...)",
-            markup=False,
+            f"  {found.renamed} ids made by a keyed hash, as names and UIDs can tell a patient; "
+            "'spark3d doctor --names FILE' lists which file is which",
+            soft_wrap=True,
         )
 
 
@@ -180,8 +192,6 @@ def _show_report(report: PrepareReport, console: Console) -> None:
         console.print(f"  left out: {reason}", markup=False)
     for same in report.duplicates:
         console.print(f"  same voxels: {', '.join(same)}")
-    for old, new in report.renamed.items():
-        console.print(f"  renamed: {old} -> {new}", markup=False)
 
 
 def _show_store(store: Store, console: Console) -> None:

@@ -144,13 +144,13 @@ def _read_channels(case: CaseSource, spec: PrepareSpec) -> Volume:
     max_bytes = int(spec.max_gib * 2**30)
     volumes = [
         read_volume(
-            path,
+            source,
             geometry=spec.geometry,
             channels=spec.fourth_axis,
             nan_fill=spec.nan_fill,
             max_bytes=max_bytes,
         )
-        for path in case.images
+        for source in case.sources
     ]
     first = volumes[0]
     for other in volumes[1:]:

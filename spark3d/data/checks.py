@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spark3d.data.grid import Affine, SourceGrid, spacing_of
+from spark3d.data.names import shown
 from spark3d.errors import DataError
 
 GRID_TOLERANCE_MM = 1e-3
@@ -18,8 +19,15 @@ PLAUSIBLE_MM = (1e-3, 100.0)
 
 
 def fault(code: str, where: Path | str, found: str, expected: str, remedy: str) -> DataError:
-    """The error for one fault, on one line."""
-    return DataError(f"{code}: {where}: found {found}; expected {expected}; {remedy}")
+    """The error for one fault, on one line; of a path only what may be shown."""
+    place = shown(where) if isinstance(where, Path) else where
+    return DataError(f"{code}: {place}: found {found}; expected {expected}; {remedy}")
+
+
+def placed(reason: str, place: str) -> str:
+    """The text of a fault, at another place."""
+    code, _, rest = reason.partition(": ")
+    return f"{code}: {place}: found {rest.partition(': found ')[2]}"
 
 
 def corner_distance_mm(size: Sequence[int], one: Affine, other: Affine) -> float:
@@ -112,7 +120,8 @@ def check_cases(cases: Sequence, where: Path | str) -> None:
     """Refuse an empty list, duplicate ids, absent files (all listed at once), label = image."""
     if not cases:
         raise fault(
-            "E-NO-CASES", where, "no volume", "at least one .nii or .nii.gz file",
+            "E-NO-CASES", where, "no volume",
+            "at least one NIfTI, NRRD or MetaImage file, or DICOM series",
             "check the folder, or convert the data to NIfTI first",
         )  # fmt: skip
     counts: dict[str, int] = {}
@@ -130,7 +139,7 @@ def check_cases(cases: Sequence, where: Path | str) -> None:
             "two files", "correct the list of cases",
         )  # fmt: skip
     paths = [p for c in cases for p in (*c.images, *([c.label] if c.label else []))]
-    if absent := [str(p) for p in paths if not p.exists()]:
+    if absent := [shown(p) for p in paths if not p.exists()]:
         raise fault(
             "E-MISSING-FILE", where, f"{len(absent)} listed files absent: {_few(absent)}",
             "every listed file", "restore them, or take them off the list",

@@ -1,38 +1,115 @@
 """Volumes in from files and label maps out to files: the one place where axis order changes.
 
 Inside the program arrays run in RAS+ order; a file keeps its own. Intensities are physical (HU for
-CT): slope and intercept are applied here.
+CT): slope and intercept are applied here, for every format alike.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spark3d.data.checks import fault
+from spark3d.data.dicom import read_series, read_series_header
 from spark3d.data.files import write_atomic
 from spark3d.data.grid import Affine, SourceGrid, Volume, orient, restore
-from spark3d.data.nifti import MAX_BYTES, encode_nifti, read_header, read_nifti
-from spark3d.data.nifti_header import Geometry, NiftiHeader
+from spark3d.data.header import Header
+from spark3d.data.metaimage import parse_metaimage
+from spark3d.data.nifti import encode_nifti, read_header, read_nifti
+from spark3d.data.nifti_header import Geometry
+from spark3d.data.nrrd import parse_nrrd
+from spark3d.data.streams import MAX_BYTES
+from spark3d.data.text_header import read_body, read_layout
+from spark3d.errors import DataError
 
 __all__ = [
+    "Source",
     "SourceGrid",
     "Volume",
+    "data_files",
     "read_grid",
     "read_label",
+    "read_shape",
     "read_volume",
+    "stem",
     "write_label",
     "write_volume",
 ]
 
+Source = Path | Sequence[Path]
+"""One file, or the slices of a DICOM series in any order."""
+TEXT_HEADERS = {
+    ".nrrd": parse_nrrd,
+    ".nhdr": parse_nrrd,
+    ".mha": parse_metaimage,
+    ".mhd": parse_metaimage,
+}
+SUFFIXES = (".nii.gz", ".nii", *TEXT_HEADERS)
+TO_RAS = {"RAS": (1, 1, 1, 1), "LAS": (-1, 1, 1, 1), "LPS": (-1, -1, 1, 1)}
 
-def read_grid(path: Path, geometry: Geometry = "agree") -> SourceGrid:
-    """The grid of a file from its header alone."""
-    return read_header(Path(path), geometry).grid
+
+def stem(path: Path) -> str:
+    """The name of a volume's file without its suffix, `.nii.gz` as a whole."""
+    suffix = next((s for s in SUFFIXES if path.name.endswith(s)), "")
+    return path.name.removesuffix(suffix)
+
+
+def data_files(source: Source) -> tuple[Path, ...]:
+    """Every file a volume is made of; with a detached header the file of its voxels, if there.
+
+    A header that cannot be read stands alone; reading the volume will say what is wrong with it.
+    """
+    if not isinstance(source, Path):
+        return tuple(source)
+    if source.suffix not in (".nhdr", ".mhd"):
+        return (source,)
+    try:
+        body = read_layout(source, TEXT_HEADERS[source.suffix]).data
+    except DataError:
+        return (source,)
+    return (source, body) if body.is_file() else (source,)
+
+
+def read_grid(source: Source, geometry: Geometry = "agree") -> SourceGrid:
+    """The grid of a volume from its headers alone."""
+    header = _header(source, geometry)
+    return SourceGrid(header.shape[:3], header.affine)
+
+
+def read_shape(source: Source, geometry: Geometry = "agree") -> tuple[int, ...]:
+    """Sizes in the order of the file, channels last, from its headers alone."""
+    return _header(source, geometry).shape
+
+
+def _header(source: Source, geometry: Geometry) -> Header:
+    source = Path(source) if isinstance(source, str) else source
+    if not isinstance(source, Path):
+        return _in_ras(read_series_header(source))
+    if source.suffix in TEXT_HEADERS:
+        return _in_ras(read_layout(source, TEXT_HEADERS[source.suffix]).header)
+    return _in_ras(read_header(source, geometry))
+
+
+def _read(source: Source, geometry: Geometry, max_bytes: int) -> tuple[Header, NDArray[np.generic]]:
+    """Header, its affine to RAS, and stored voxels in the order of the file."""
+    source = Path(source) if isinstance(source, str) else source
+    if not isinstance(source, Path):
+        header, raw = read_series(source, max_bytes)
+    elif source.suffix in TEXT_HEADERS:
+        header, raw = read_body(source, TEXT_HEADERS[source.suffix], max_bytes)
+    else:
+        header, raw = read_nifti(source, geometry, max_bytes)
+    return _in_ras(header), raw
+
+
+def _in_ras(header: Header) -> Header:
+    return replace(header, affine=np.diag(TO_RAS[header.world]) @ header.affine, world="RAS")
 
 
 def read_volume(
-    path: Path,
+    source: Source,
     *,
     geometry: Geometry = "agree",
     channels: bool = False,
@@ -42,8 +119,9 @@ def read_volume(
     """Read a volume in RAS+ order with physical intensities.
 
     Args:
-        path: a `.nii` or `.nii.gz` file.
-        geometry: "agree" refuses a header whose sform, qform and voxel sizes contradict each
+        source: a `.nii`, `.nii.gz`, `.nrrd`, `.nhdr`, `.mha` or `.mhd` file, or the files of one
+            DICOM series.
+        geometry: "agree" refuses a NIfTI header whose sform, qform and voxel sizes contradict each
             other; "sform" or "qform" trusts that one.
         channels: accept a fourth axis as channels; otherwise a true 4D file is refused.
         nan_fill: value for NaN and infinite voxels; None refuses them.
@@ -55,17 +133,19 @@ def read_volume(
     Raises:
         DataError: with a code, the file, what was found and what to do.
     """
-    header, raw = read_nifti(Path(path), geometry, max_bytes)
+    header, raw = _read(source, geometry, max_bytes)
+    path = header.path
     if raw.ndim == 4 and not channels:
         raise fault(
             "E-4D", path, f"{raw.shape[3]} volumes in one file of shape {raw.shape}", "one volume",
             "say that the fourth axis holds channels, or split the file",
         )  # fmt: skip
     raw = raw[None] if raw.ndim == 3 else np.moveaxis(raw, 3, 0)
-    raw, filled = _finite(raw, Path(path), nan_fill)
-    array = _compact(_physical(raw, header), Path(path))
+    raw, filled = _finite(raw, path, nan_fill)
+    array = _compact(_physical(raw, header), path)
     oriented, affine = orient(array, header.affine)
-    return Volume(np.ascontiguousarray(oriented), affine, header.grid, filled)
+    grid = SourceGrid(header.shape[:3], header.affine)
+    return Volume(np.ascontiguousarray(oriented), affine, grid, filled)
 
 
 def read_label(path: Path, *, geometry: Geometry = "agree", max_bytes: int = MAX_BYTES) -> Volume:
@@ -74,7 +154,7 @@ def read_label(path: Path, *, geometry: Geometry = "agree", max_bytes: int = MAX
     Raises:
         DataError: as `read_volume`; values that are not whole numbers in 0..32767.
     """
-    header, raw = read_nifti(Path(path), geometry, max_bytes)
+    header, raw = _read(Path(path), geometry, max_bytes)
     if raw.ndim != 3:
         raise fault(
             "E-4D", path, f"a label of shape {raw.shape}", "one class number per voxel",
@@ -97,7 +177,8 @@ def read_label(path: Path, *, geometry: Geometry = "agree", max_bytes: int = MAX
         )  # fmt: skip
     array = values.astype(np.uint8 if high < 256 else np.int16)
     oriented, affine = orient(array, header.affine)
-    return Volume(np.ascontiguousarray(oriented), affine, header.grid)
+    grid = SourceGrid(header.shape[:3], header.affine)
+    return Volume(np.ascontiguousarray(oriented), affine, grid)
 
 
 def write_label(path: Path, labels: NDArray[np.integer], source: SourceGrid) -> None:
@@ -129,7 +210,7 @@ def _write(path: Path, voxels: NDArray[np.generic], affine: Affine) -> None:
     write_atomic(path, encode_nifti(voxels, affine, path.name.endswith(".gz")))
 
 
-def _physical(raw: NDArray[np.generic], header: NiftiHeader) -> NDArray[np.generic]:
+def _physical(raw: NDArray[np.generic], header: Header) -> NDArray[np.generic]:
     """Apply slope and intercept, exactly where both and the voxels are whole numbers."""
     slope, intercept = header.slope, header.intercept
     if slope == 1 and intercept == 0:

@@ -9,7 +9,8 @@ from typing import Any
 import xxhash
 
 from spark3d.data.case import PrepareSpec, prepare_case
-from spark3d.data.checks import fault
+from spark3d.data.checks import fault, placed
+from spark3d.data.io import data_files
 from spark3d.data.record import case_path, read_record
 from spark3d.data.sources import CaseSource
 from spark3d.data.writer import write_case
@@ -38,11 +39,17 @@ def run_job(job: Job) -> str | None:
         prepared = prepare_case(job.case, job.spec)
         write_case(job.out, prepared, _key(job), job.spec.chunk)
     except DataError as error:
-        return str(error)
+        return _with_id(str(error), job.case.id)
     except MemoryError:
         found, expected = "too little memory for it", "room for six copies of it"
         return str(fault("E-MEMORY", job.case.id, found, expected, "lower --workers"))
     return None
+
+
+def _with_id(reason: str, case_id: str) -> str:
+    """The reason with the id of its case, which a path does not tell where parts are hidden."""
+    place = reason.partition(": ")[2].partition(": found ")[0]
+    return reason if case_id in place else placed(reason, f"{case_id} ({place})")
 
 
 def is_current(job: Job) -> bool:
@@ -70,7 +77,8 @@ def is_current(job: Job) -> bool:
 
 
 def _paths(case: CaseSource) -> tuple[Path, ...]:
-    return (*case.images, *([case.label] if case.label else []))
+    sources = (*case.sources, *([case.label] if case.label else []))
+    return tuple(path for source in sources for path in data_files(source))
 
 
 def _key(job: Job) -> dict[str, Any]:

@@ -4,6 +4,8 @@ Only names and `dataset.json` are read here, no volume.
 """
 
 import re
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,12 @@ from spark3d.data.dataset_json import (
     image_and_label,
     inside,
 )
+from spark3d.data.io import SUFFIXES, Source, stem
+from spark3d.data.series import sort_series
 
-SUFFIXES = (".nii.gz", ".nii")
+BODIES = (".raw", ".zraw", ".raw.gz")
+"""Voxels of detached headers, which name them."""
+KNOWN_SUFFIXES = (".txt", ".csv", ".json", ".xml", ".md", ".pdf", ".png", ".jpg", ".zip", ".dcm")
 LABEL_FOLDER = re.compile(r"(labels?|segmentations?|masks?|annotations?)([A-Z].*|_.*)?", re.I)
 LABEL_NAME = re.compile(r"[-_.](labels?|seg|segmentation|masks?)$", re.I)
 SECTIONS = {
@@ -55,6 +61,7 @@ class CaseSource:
         group: cases of one patient share it; the id unless told otherwise.
         section: training, validation, test or unlabelled.
         more_channels: further channels, one file each.
+        slices: the files of a DICOM series; `image` is then the folder of the first.
     """
 
     id: str
@@ -63,6 +70,7 @@ class CaseSource:
     group: str = ""
     section: str = "unlabelled"
     more_channels: tuple[Path, ...] = ()
+    slices: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.group:
@@ -72,6 +80,11 @@ class CaseSource:
     def images(self) -> tuple[Path, ...]:
         """All files with intensities, in channel order."""
         return (self.image, *self.more_channels)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What the readers take, per channel."""
+        return (self.slices,) if self.slices else self.images
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,8 @@ class FoundCases:
         labels: name -> value as declared, empty if nothing is.
         fourth_axis: 4D files hold channels (Decathlon tasks with several modalities).
         passed_over: files of a plain folder that are label maps by their name.
+        notices: what else was passed over, in lines without names.
+        renamed: how many ids were replaced by a keyed hash.
     """
 
     layout: str
@@ -93,6 +108,8 @@ class FoundCases:
     labels: dict[str, int] | None = None
     fourth_axis: bool = False
     passed_over: tuple[Path, ...] = ()
+    notices: tuple[str, ...] = ()
+    renamed: int = 0
 
 
 def decathlon(root: Path, data: dict[str, Any]) -> FoundCases:
@@ -109,7 +126,7 @@ def decathlon(root: Path, data: dict[str, Any]) -> FoundCases:
             path = inside(root, image)
             cases.append(
                 CaseSource(
-                    id=_stem(path),
+                    id=stem(path),
                     image=path,
                     label=None if label is None else inside(root, label),
                     section=section,
@@ -134,7 +151,7 @@ def is_nnunet(root: Path, data: dict[str, Any]) -> bool:
         return True
     first = next((e for e in data.get("training") or [] if isinstance(e, dict)), {})
     listed = root / str(first.get("image", ""))
-    return not listed.exists() and _existing(listed.parent, f"{_stem(listed)}_0000") is not None
+    return not listed.exists() and _existing(listed.parent, f"{stem(listed)}_0000") is not None
 
 
 def nnunet(root: Path, data: dict[str, Any]) -> FoundCases:
@@ -172,10 +189,10 @@ def nnunet(root: Path, data: dict[str, Any]) -> FoundCases:
 def _channels(folder: Path) -> dict[str, list[Path]]:
     """Case id -> its files in channel order; `CASE_0001.nii.gz` is channel 1."""
     volumes = _volumes(folder)
-    numbered = all(re.search(r"_\d{4}$", _stem(path)) for path in volumes)
+    numbered = all(re.search(r"_\d{4}$", stem(path)) for path in volumes)
     found: dict[str, list[Path]] = {}
     for path in volumes:
-        name = _stem(path)
+        name = stem(path)
         found.setdefault(name[:-5] if numbered else name, []).append(path)
     return found
 
@@ -187,7 +204,7 @@ def _check_channels(root: Path, found: dict[str, list[Path]], declared: int) -> 
     wrong = [
         case_id
         for case_id, files in found.items()
-        if [_stem(path)[-4:] for path in files] != wanted and (count > 1 or len(files) > 1)
+        if [stem(path)[-4:] for path in files] != wanted and (count > 1 or len(files) > 1)
     ]
     if wrong:
         raise fault(
@@ -213,39 +230,58 @@ def btcv_part(folder: Path, section: str) -> list[CaseSource]:
     cases = []
     labelled = (folder / "label").is_dir()
     for path in _volumes(folder / "img"):
-        stem = _stem(path)
         label = folder / "label" / path.name.replace("img", "label", 1) if labelled else None
-        cases.append(CaseSource(stem, path, label, section=section))
+        cases.append(CaseSource(stem(path), path, label, section=section))
     return cases
 
 
-def plain(root: Path) -> FoundCases:
-    """Any folder, searched recursively; files named as label maps are listed as passed over."""
+def plain(root: Path, progress: Callable[[int, int], None] | None = None) -> FoundCases:
+    """Any folder, searched recursively: volume files, and DICOM series, whose headers are read.
+
+    Files named as label maps are listed as passed over.
+    """
     cases, passed_over = [], []
-    for path in _volumes(root, deep=True):
+    files = _files(root, deep=True)
+    for path in (path for path in files if path.name.endswith(SUFFIXES)):
         inner = path.relative_to(root)
         named_label = any(LABEL_FOLDER.fullmatch(part) for part in inner.parts[:-1])
-        if named_label or LABEL_NAME.search(_stem(path)):
+        if named_label or LABEL_NAME.search(stem(path)):
             passed_over.append(path)
         else:
-            cases.append(CaseSource("__".join((*inner.parts[:-1], _stem(path))), path))
-    return FoundCases("plain", tuple(cases), passed_over=tuple(passed_over))
+            cases.append(CaseSource("__".join((*inner.parts[:-1], stem(path))), path))
+    rest = [path for path in files if not path.name.endswith((*SUFFIXES, *BODIES))]
+    done = iter(range(1, len(rest) + 1))
+    step = (lambda: progress(next(done), len(rest))) if progress else None
+    series, counts, others = sort_series(rest, step)
+    for one in series:
+        folder = one.files[0].parent
+        cases.append(CaseSource(one.key, folder, group=one.patient, slices=one.files))
+    notices = [f"passed over {count} {what}" for what, count in sorted(counts.items())]
+    if others:
+        notices.append(f"passed over {len(others)} files that are no volumes ({_kinds(others)})")
+    return FoundCases("plain", tuple(cases), passed_over=tuple(passed_over), notices=tuple(notices))
 
 
-def _volumes(folder: Path, deep: bool = False) -> list[Path]:
-    """Volume files by name, without hidden ones (such as `._*` in archives from macOS)."""
+def _kinds(files: list[Path]) -> str:
+    """How many of which suffix; a suffix that is not well known may be part of a name."""
+    suffixes = (path.suffix.lower() for path in files)
+    counts = Counter(suffix if suffix in KNOWN_SUFFIXES else "other" for suffix in suffixes)
+    return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+
+
+def _volumes(folder: Path) -> list[Path]:
+    """Volume files that lie in a folder."""
+    return [path for path in _files(folder) if path.name.endswith(SUFFIXES)]
+
+
+def _files(folder: Path, deep: bool = False) -> list[Path]:
+    """Files of a folder, without hidden ones (such as `._*` in archives from macOS)."""
     if not folder.is_dir():
         return []
     found = folder.rglob("*") if deep else folder.iterdir()
     return sorted(
         path
         for path in found
-        if path.name.endswith(SUFFIXES)
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and not path.is_dir()
     )
-
-
-def _stem(path: Path) -> str:
-    suffix = next((s for s in SUFFIXES if path.name.endswith(s)), "")
-    return path.name.removesuffix(suffix)

@@ -5,7 +5,6 @@ same one; here the user is asked.
 """
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -15,44 +14,19 @@ from nibabel.nifti2 import Nifti2Header
 from nibabel.spatialimages import HeaderDataError
 
 from spark3d.data.checks import check_affine, corner_distance_mm, fault
-from spark3d.data.grid import Affine, SourceGrid, spacing_of
+from spark3d.data.grid import Affine, spacing_of
+from spark3d.data.header import Header, checked_shape
 
 Geometry = Literal["agree", "sform", "qform"]
 UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 NOT_INTENSITIES = {32: "complex", 1792: "complex", 2048: "complex", 128: "RGB", 2304: "RGBA"}
 
 
-@dataclass(frozen=True)
-class NiftiHeader:
-    """What is used of a header: no text field is kept.
-
-    `shape` has trailing axes of length 1 removed beyond the third; `affine` is in mm.
-    """
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    offset: int
-    slope: float
-    intercept: float
-    affine: Affine
-
-    @property
-    def grid(self) -> SourceGrid:
-        """The spatial grid of the file."""
-        return SourceGrid(self.shape[:3], self.affine)
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of the whole file, uncompressed."""
-        return self.offset + math.prod(self.shape) * self.dtype.itemsize
-
-
 def header_length(block: bytes, order: Literal["<", ">"]) -> int:
     return int(np.frombuffer(block, f"{order}i4", 1)[0])
 
 
-def parse_header(block: bytes, path: Path, geometry: Geometry) -> NiftiHeader:
+def parse_header(block: bytes, path: Path, geometry: Geometry) -> Header:
     sizes = {header_length(block, "<"), header_length(block, ">")}
     kind, length = (Nifti2Header, 540) if 540 in sizes else (Nifti1Header, 348)
     magic = block[4:8] if length == 540 else block[344:348]
@@ -72,15 +46,8 @@ def parse_header(block: bytes, path: Path, geometry: Geometry) -> NiftiHeader:
             "write the volume anew",
         )  # fmt: skip
     affine = _affine(header, shape, path, geometry)
-    return NiftiHeader(
-        path,
-        shape,
-        header.get_data_dtype().newbyteorder(order),
-        int(offset),
-        slope,
-        intercept,
-        affine,
-    )
+    dtype = header.get_data_dtype().newbyteorder(order)
+    return Header(path, shape, dtype, affine, "RAS", slope, intercept, int(offset))
 
 
 def _checked_shape(header: Nifti1Header, path: Path) -> tuple[int, ...]:
@@ -101,24 +68,7 @@ def _checked_shape(header: Nifti1Header, path: Path) -> tuple[int, ...]:
         )  # fmt: skip
     ndim = int(header["dim"][0])
     shape = [int(n) for n in header["dim"][1 : ndim + 1]] if 1 <= ndim <= 7 else []
-    while len(shape) > 3 and shape[-1] == 1:
-        shape.pop()
-    if not shape or min(shape) < 1:
-        raise fault(
-            "E-DIMENSIONS", path, f"the dimensions {shape}", "positive sizes",
-            "write the header anew",
-        )  # fmt: skip
-    if len(shape) < 3 or min(shape[:3]) == 1:
-        raise fault(
-            "E-2D", path, f"an image of size {tuple(shape)}", "a volume of three axes",
-            "stack its slices, or train on ordinary images with --dims 2",
-        )  # fmt: skip
-    if len(shape) > 4:
-        raise fault(
-            "E-5D", path, f"{len(shape)} axes {tuple(shape)}", "three, or four with channels last",
-            "split the file into volumes",
-        )  # fmt: skip
-    return tuple(shape)
+    return checked_shape(shape, path)
 
 
 def _checked_scale(header: Nifti1Header, path: Path) -> tuple[float, float]:

@@ -9,8 +9,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
+from spark3d.data.io import read_shape
 from spark3d.data.job import Job, run_job
-from spark3d.data.nifti import read_header
 from spark3d.errors import DataError, EnvironmentProblem
 
 COPIES = 6  # float32 volumes alive at once while a case is resampled
@@ -70,7 +70,7 @@ def _schedule(
 def _memory_of(job: Job) -> float:
     """Estimate from the header, before anything is read; a bad header fails in its own job."""
     try:
-        shape = read_header(job.case.image, job.spec.geometry).shape
+        shape = read_shape(job.case.sources[0], job.spec.geometry)
     except DataError:
         return 0.0
     voxels = float(len(job.case.images))

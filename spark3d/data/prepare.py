@@ -13,11 +13,11 @@ import numpy as np
 import xxhash
 
 from spark3d.data.case import PrepareSpec
-from spark3d.data.checks import check_cases, fault
+from spark3d.data.checks import check_cases, fault, placed
 from spark3d.data.files import remove_temporaries, write_atomic
 from spark3d.data.grid import spacing_of
+from spark3d.data.io import read_grid
 from spark3d.data.job import Job, is_current
-from spark3d.data.nifti import read_header
 from spark3d.data.pool import run_jobs
 from spark3d.data.privacy import safe_cases
 from spark3d.data.record import read_record, sealed, unsealed
@@ -177,7 +177,7 @@ def _with_spacing(spec: PrepareSpec, cases: Sequence[CaseSource], out: Path) -> 
     spacings = []
     for case in cases:
         try:
-            spacings.append(spacing_of(read_header(case.image, spec.geometry).grid.ras()[1]))
+            spacings.append(spacing_of(read_grid(case.sources[0], spec.geometry).ras()[1]))
         except DataError:
             continue
     if not spacings:
@@ -228,12 +228,8 @@ def refuse_too_many(
 
 def _outcome(report: PrepareReport, cases: Sequence[CaseSource]) -> dict[str, Any]:
     """The account that stays in the store; reasons without paths, which can name a patient."""
-    failed = {}
-    for case in cases:
-        if reason := report.failed.get(case.id):
-            for path in (*case.images, *([case.label] if case.label else [])):
-                reason = reason.replace(str(path), case.id).replace(path.name, case.id)
-            failed[case.id] = reason
+    ids = {case.id for case in cases}
+    failed = {k: placed(why, k) for k, why in report.failed.items() if k in ids}
     return {
         "total": report.total,
         "kept": report.kept,

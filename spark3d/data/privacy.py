@@ -1,8 +1,9 @@
 """Case ids that may stand in file names and reports: a strict pattern, or a keyed hash.
 
-Paths often hold names of patients. An id of letters, digits, `.`, `_` and `-` is kept as it is;
-any other is replaced by an HMAC whose key never enters a store: the environment variable
-SPARK3D_ID_KEY, else a key made once in the user's configuration folder.
+Paths often hold names of patients. An id of letters, digits, `.`, `_` and `-` is kept as it is,
+unless it holds a DICOM UID; any other, and that of every DICOM series, is replaced by an HMAC whose
+key never enters a store: the environment variable SPARK3D_ID_KEY, else a key made once in the
+user's configuration folder.
 """
 
 import hashlib
@@ -13,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from spark3d.data.record import STRICT_ID
-from spark3d.data.sources import CaseSource
+from spark3d.data.layouts import CaseSource
+from spark3d.data.names import is_safe_name
 from spark3d.errors import EnvironmentProblem
 
 
@@ -24,13 +25,13 @@ def safe_cases(cases: Sequence[CaseSource]) -> tuple[list[CaseSource], dict[str,
     Returns:
         The cases, and old id -> new id of those that changed.
     """
-    if all(_is_safe(case.id) and _is_safe(case.group) for case in cases):
+    if all(is_safe_name(case.id) and is_safe_name(case.group) for case in cases):
         return list(cases), {}
     key = _key()
     result, renamed = [], {}
     for case in cases:
-        safe = case.id if _is_safe(case.id) else keyed_id(case.id, key)
-        group = case.group if _is_safe(case.group) else keyed_id(case.group, key)
+        safe = case.id if is_safe_name(case.id) else keyed_id(case.id, key)
+        group = case.group if is_safe_name(case.group) else keyed_id(case.group, key)
         result.append(replace(case, id=safe, group=group))
         if safe != case.id:
             renamed[case.id] = safe
@@ -40,10 +41,6 @@ def safe_cases(cases: Sequence[CaseSource]) -> tuple[list[CaseSource], dict[str,
 def keyed_id(name: str, key: bytes) -> str:
     """An id that only a holder of the key can trace to `name`."""
     return "case-" + hmac.new(key, name.encode(), hashlib.sha256).hexdigest()[:20]
-
-
-def _is_safe(name: str) -> bool:
-    return bool(STRICT_ID.fullmatch(name)) and not name.startswith(".")
 
 
 def _key() -> bytes:

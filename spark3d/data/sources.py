@@ -1,10 +1,11 @@
 """Finding the cases in a folder as people keep them: plain folders, Decathlon, BTCV, nnU-Net.
 
-Only names and `dataset.json` are read here, no volume. The order of cases is that of their ids.
+Only names, `dataset.json` and, in a plain folder, the headers of DICOM files are read here. The
+order of cases is that of their ids, which are safe to show: see `data/privacy.py`.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from spark3d.data.layouts import (
     nnunet,
     plain,
 )
+from spark3d.data.privacy import safe_cases
 
 __all__ = ["CaseSource", "FoundCases", "find", "find_cases"]
 
@@ -30,15 +32,20 @@ def find_cases(folder: Path | str, group_pattern: str | None = None) -> list[Cas
     return list(find(folder, group_pattern).cases)
 
 
-def find(folder: Path | str, group_pattern: str | None = None) -> FoundCases:
+def find(
+    folder: Path | str,
+    group_pattern: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> FoundCases:
     """Recognise the layout of a folder and list its cases.
 
     Args:
         folder: a Decathlon task or nnU-Net dataset (with `dataset.json`), a BTCV tree
-            (`RawData/Training/img`), or any folder of `.nii` and `.nii.gz` files, searched
+            (`RawData/Training/img`), or any folder of volume files and DICOM series, searched
             recursively; files there that are called label, seg or mask, or lie in a folder so
-            called, are no images.
+            called, are no images. Each series is a case; its patient is that of its headers.
         group_pattern: regular expression searched in the id; its first group names the patient.
+        progress: called with (files done, files in all) while headers of DICOM files are read.
 
     Raises:
         DataError: no such folder, no volume in it, duplicate ids, listed files that are absent.
@@ -48,15 +55,16 @@ def find(folder: Path | str, group_pattern: str | None = None) -> FoundCases:
         raise fault(
             "E-NO-FOLDER", root, "no such folder", "a folder of volumes", "check the path of --data"
         )
-    found = _recognise(root)
+    found = _recognise(root, progress)
     if found.labels:
         check_label_names(found.labels, root)
-    cases = tuple(sorted(_grouped(found.cases, group_pattern), key=lambda case: case.id))
+    safe, renamed = safe_cases(list(_grouped(found.cases, group_pattern)))
+    cases = tuple(sorted(safe, key=lambda case: case.id))
     check_cases(cases, root)
-    return replace(found, cases=cases)
+    return replace(found, cases=cases, renamed=len(renamed))
 
 
-def _recognise(root: Path) -> FoundCases:
+def _recognise(root: Path, progress: Callable[[int, int], None] | None) -> FoundCases:
     description = root / "dataset.json"
     if description.is_file():
         data = read_json(description)
@@ -69,7 +77,7 @@ def _recognise(root: Path) -> FoundCases:
         return FoundCases("btcv", tuple(btcv_part(root, "training")), "CT", BTCV_LABELS)
     if (root / "imagesTr").is_dir():
         return nnunet(root, {})
-    return plain(root)
+    return plain(root, progress)
 
 
 def _grouped(cases: Iterable[CaseSource], pattern: str | None) -> Iterable[CaseSource]:

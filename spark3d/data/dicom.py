@@ -44,9 +44,9 @@ def read_series(
     """
     slices = _ordered(paths)
     header = _header(slices)
-    check_budget(header.voxel_bytes, max_bytes, header.path)
     for one in slices:
         _check_size(one)
+    check_budget(header.voxel_bytes, max_bytes, header.path)
     first, physical = read_pixels(slices[0])
     varying = len({(one.rescale, one.compressed) for one in slices}) > 1
     if varying or physical:
@@ -131,7 +131,7 @@ def _step(
     depth = positions @ normal
     steps = np.diff(depth)
     _check_repeats(slices, depth, folder)
-    usual = float(np.median(steps))
+    usual = float(np.median(steps[steps < 1.5 * steps.min()]))  # gaps may outnumber the rest
     rounding = max(ROUNDING_MM, ROUNDING_SHARE * usual)
     wide = steps[steps > usual + 2 * rounding]
     whole = np.rint(wide / usual)

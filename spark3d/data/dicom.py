@@ -57,7 +57,7 @@ def read_series(
     for index, one in enumerate(slices):
         pixels, physical = read_pixels(one)
         if varying and not physical and one.rescale:
-            pixels = pixels * one.rescale[0] + one.rescale[1]
+            pixels = pixels.astype(np.float64) * one.rescale[0] + one.rescale[1]
         if not np.can_cast(pixels.dtype, kind):
             raise fault(
                 "E-DICOM-MIXED", header.path, f"slices decoded to {kind} and {pixels.dtype}",

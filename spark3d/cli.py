@@ -48,9 +48,48 @@ def version(
 
 
 @app.command()
+def doctor(
+    data: Annotated[Path, typer.Argument(help="Any folder that `prepare` takes.")],
+    out: Annotated[Path, typer.Option(help="Gets all that was found, as JSON.")] = Path(
+        "doctor.json"
+    ),
+    modality: Annotated[str, typer.Option(help="auto, CT or MR.")] = "auto",
+    geometry: Annotated[
+        Geometry, typer.Option(help="Which to trust where sform and qform differ; agree: refuse.")
+    ] = "agree",
+    nan_fill: Annotated[
+        float | None, typer.Option(help="Value in place of NaN; without it NaN is refused.")
+    ] = None,
+    group_pattern: Annotated[
+        str | None, typer.Option(help="Regular expression whose first group is the patient's id.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes; 0 works in this one.")] = 2,
+    names: Annotated[
+        Path | None,
+        typer.Option(help="Gets the file behind each case id. It can tell patients: keep it safe."),
+    ] = None,
+    memory_gib: Annotated[
+        float | None, typer.Option(help="Memory for all workers; default half of the machine's.")
+    ] = None,
+) -> None:
+    """Check a folder before any work: headers, voxels, labels, outliers, and what it will take.
+
+    Reads every file to its end and writes nothing but the report. Leaves with 3 if something must
+    be fixed.
+
+    Example: `spark3d doctor scans/ --out doctor.json`
+    """
+    from spark3d.commands.doctor import doctor_command
+
+    doctor_command(
+        data, out, modality, geometry, nan_fill, group_pattern, workers, names, memory_gib
+    )
+
+
+@app.command()
 def prepare(
     data: Annotated[
-        Path, typer.Option(help="Decathlon task, nnU-Net or BTCV folder, or any folder of NIfTI.")
+        Path, typer.Option(help="Decathlon task, nnU-Net or BTCV folder, or any folder of volumes.")
     ],
     out: Annotated[Path, typer.Option(help="Store to write; an interrupted one is completed.")],
     spacing: Annotated[

@@ -38,16 +38,17 @@ def run_job(job: Job) -> str | None:
     try:
         prepared = prepare_case(job.case, job.spec)
         write_case(job.out, prepared, _key(job), job.spec.chunk)
-    except DataError as error:
-        return _with_id(str(error), job.case.id)
-    except MemoryError:
-        found, expected = "too little memory for it", "room for six copies of it"
-        return str(fault("E-MEMORY", job.case.id, found, expected, "lower --workers"))
+    except (DataError, MemoryError) as error:
+        return reason_of(error, job.case.id)
     return None
 
 
-def _with_id(reason: str, case_id: str) -> str:
-    """The reason with the id of its case, which a path does not tell where parts are hidden."""
+def reason_of(error: DataError | MemoryError, case_id: str) -> str:
+    """Why a case cannot be used, with its id, which a path does not tell where parts are hidden."""
+    if isinstance(error, MemoryError):
+        found, expected = "too little memory for it", "room for six copies of it"
+        return str(fault("E-MEMORY", case_id, found, expected, "lower --workers"))
+    reason = str(error)
     place = reason.partition(": ")[2].partition(": found ")[0]
     return reason if case_id in place else placed(reason, f"{case_id} ({place})")
 

@@ -4,25 +4,38 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from typing import TypeVar
 
 from spark3d.data.io import read_shape
 from spark3d.data.job import Job, run_job
 from spark3d.errors import DataError, EnvironmentProblem
 
+T = TypeVar("T")
 COPIES = 6  # float32 volumes alive at once while a case is resampled
 
 
 def run_jobs(
     jobs: Sequence[Job], workers: int, memory_gib: float | None = None
 ) -> Iterator[tuple[Job, str | None]]:
-    """Run every job and yield it with None, or with the reason why its case cannot be used.
+    """Prepare every case and yield it with None, or with the reason why it cannot be used.
+
+    The arguments and errors are those of `run_each`.
+    """
+    return run_each(run_job, jobs, workers, memory_gib)
+
+
+def run_each(
+    work: Callable[[Job], T], jobs: Sequence[Job], workers: int, memory_gib: float | None = None
+) -> Iterator[tuple[Job, T]]:
+    """Do some work for every job and yield it with what came of it, in the order they end.
 
     Args:
-        jobs: what to do.
+        work: a function of a module, as it may run in another process.
+        jobs: what to do it for.
         workers: processes (started afresh, not forked); 0 works here.
         memory_gib: start no further job where all running would take more; None is half of the
             machine's memory. A job too large for the budget runs alone.
@@ -32,43 +45,47 @@ def run_jobs(
     """
     if workers <= 0:
         for job in jobs:
-            yield job, run_job(job)
+            yield job, work(job)
         return
     budget = memory_gib * 2**30 if memory_gib else _physical_memory() / 2
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (os.getpid(),))
     try:
-        yield from _schedule(pool, list(jobs), workers, budget)
+        yield from _schedule(pool, work, list(jobs), workers, budget)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _schedule(
-    pool: ProcessPoolExecutor, waiting: list[Job], workers: int, budget: float
-) -> Iterator[tuple[Job, str | None]]:
-    running: dict[Future[str | None], tuple[Job, float]] = {}
+    pool: ProcessPoolExecutor,
+    work: Callable[[Job], T],
+    waiting: list[Job],
+    workers: int,
+    budget: float,
+) -> Iterator[tuple[Job, T]]:
+    running: dict[Future[T], tuple[Job, float]] = {}
     waiting.reverse()
     while waiting or running:
         while waiting and len(running) < 2 * workers:  # one waiting per worker, so that none idles
-            need = _memory_of(waiting[-1])
+            need = memory_of(waiting[-1])
             if running and need + sum(size for _, size in running.values()) > budget:
                 break
             job = waiting.pop()
-            running[pool.submit(run_job, job)] = (job, need)
+            running[pool.submit(work, job)] = (job, need)
         done, _ = wait(running, return_when=FIRST_COMPLETED)
         for future in done:
             try:
-                reason = future.result()
+                result = future.result()
             except BrokenProcessPool:
                 names = ", ".join(sorted(job.case.id for job, _ in running.values()))
                 raise EnvironmentProblem(
                     f"a worker was killed while it prepared one of: {names}; it may have run out "
                     "of memory: lower --workers and repeat the command, finished cases are kept"
                 ) from None
-            yield running.pop(future)[0], reason
+            yield running.pop(future)[0], result
 
 
-def _memory_of(job: Job) -> float:
-    """Estimate from the header, before anything is read; a bad header fails in its own job."""
+def memory_of(job: Job) -> float:
+    """Bytes, estimated from the header alone; 0 for a bad one, which fails in its own job."""
     try:
         shape = read_shape(job.case.sources[0], job.spec.geometry)
     except DataError:

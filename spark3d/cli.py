@@ -9,6 +9,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from spark3d import __version__
+from spark3d.cli_weights import weights
 from spark3d.errors import ConfigError, DataError, EnvironmentProblem, Interrupted
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
 
 bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(weights, name="weights")
 
 Overrides = Annotated[
     list[str] | None,
@@ -144,6 +146,9 @@ def pretrain(
         Path | None,
         typer.Option(help="Never to read: file of case ids, or a split (its held-out cases)."),
     ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Go on from these encoder weights or run; default: random.")
+    ] = None,
 ) -> None:
     """Pre-train an encoder on unlabelled volumes (or images) by masked reconstruction.
 
@@ -159,7 +164,7 @@ def pretrain(
 
     recipe, overrides = split_recipe(arguments)
     target = pretrain_command(
-        required(data, "--data"), required(out, "--out"), recipe, overrides, dims, exclude
+        required(data, "--data"), required(out, "--out"), recipe, overrides, dims, exclude, init
     )
     typer.echo(f"encoder weights: {target}")
 

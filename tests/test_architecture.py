@@ -33,7 +33,12 @@ BRANCHES_BY_AXES = MappingProxyType(
         "models/backbones.py": "timm has 2D networks, which a 3D recipe asks to be inflated",
     }
 )
-OPTIONAL_IMPORTS = MappingProxyType({"cli.py": "commands load what they need when they run"})
+OPTIONAL_IMPORTS = MappingProxyType(
+    {
+        "cli.py": "commands load what they need when they run",
+        "cli_weights.py": "the same for the group `weights`",
+    }
+)
 
 
 def short(path: Path) -> str:

@@ -132,7 +132,7 @@ def finetune_inputs(
     """Open (or prepare) the data, split it, choose what the recipe leaves open."""
     if recipe.dims != 3:
         raise ConfigError("fine-tuning reads volumes, so it needs dims=3, not dims=2")
-    weights = load_encoder(encoder_file(encoder)) if encoder else None
+    weights = load_encoder(encoder) if encoder else None
     recipe, notes = plan_from_encoder(recipe, weights[1] if weights else None)
     model = recipe.model
     unit = build.backbone(model.backbone, recipe.dims, model.in_channels, model.options).stride
@@ -187,11 +187,6 @@ def check_channels(recipe: FinetuneRecipe, records: Sequence[CaseRecord]) -> Non
             f"the volumes have {channels} channels, the recipe model.in_channels="
             f"{recipe.model.in_channels}; set it, or leave out the cases that differ"
         )
-
-
-def encoder_file(path: Path) -> Path:
-    """The weights' file, given it or the folder of the run that wrote it."""
-    return path / "encoder.safetensors" if path.is_dir() else path
 
 
 def plan_from_encoder(

@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from spark3d import build
 from spark3d.commands.inputs import PretrainInputs, pretrain_inputs
 from spark3d.commands.runs import claim_run, finish_run, finished, open_run
+from spark3d.commands.start import read_start
 from spark3d.commands.stores import fixed
 from spark3d.config import PretrainRecipe, find_recipe, load_recipe
 from spark3d.engine.checkpoint import Checkpoints
@@ -21,7 +23,8 @@ from spark3d.errors import DataError, Interrupted
 from spark3d.objectives.base import Objective
 from spark3d.reports.panels import reconstruction_panel
 from spark3d.sparse.mask import CellMask
-from spark3d.weights.exchange import load_encoder, save_encoder
+from spark3d.weights.exchange import load_encoder, save_encoder, save_objective
+from spark3d.weights.passport import Passport
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ def pretrain_command(
     overrides: tuple[str, ...] = (),
     dims: int | None = None,
     exclude: Path | None = None,
+    init: Path | None = None,
 ) -> Path:
     """Pre-train an encoder on a folder of volumes or images; resume if `out` holds this run.
 
@@ -47,11 +51,13 @@ def pretrain_command(
         dims: 2 or 3; default the recipe's.
         exclude: never to read: text file of case ids, one a line, or a split's name or JSON file
             (its validation and test cases).
+        init: encoder weights to go on from, or their folder; None: random ones.
 
     Returns:
         The encoder weights, `out/encoder.safetensors`.
     """
     asked = asked_recipe(recipe, overrides, dims)
+    start = read_start(init, asked)
     fabric = build.fabric(asked.compute, asked.optim.precision)
     set_up_logging(fabric.global_rank)
     with claim_run(out, "pretrain", fabric):
@@ -59,12 +65,20 @@ def pretrain_command(
         for line in inputs.notes:
             log.info("  %s", line)
         objective = build_objective(inputs.recipe, fabric)
+        identity = {"data": inputs.identity}
+        if start is not None:
+            identity["init"] = start.passport.sha256
+            for line in start.load(objective, inputs.recipe.objective.name):
+                log.info("  %s", line)
         try_out(build.objective(inputs.recipe), inputs)
-        open_run(out, "pretrain", inputs.recipe, {"data": inputs.identity}, data, fabric)
+        open_run(out, "pretrain", inputs.recipe, identity, data, fabric)
         if finished(out) is not None and (done := intact(out / "encoder.safetensors")):
             log.info("finished already: %s", done)
             return done
-        return run_pretraining(fabric, objective, inputs, out)
+        passport = inputs.passport()
+        return run_pretraining(
+            fabric, objective, inputs, out, start.extend(passport) if start else passport
+        )
 
 
 def asked_recipe(
@@ -111,12 +125,15 @@ def intact(path: Path) -> Path | None:
 
 
 def run_pretraining(
-    fabric: Fabric, objective: Objective, inputs: PretrainInputs, out: Path
+    fabric: Fabric, objective: Objective, inputs: PretrainInputs, out: Path, passport: Passport
 ) -> Path:
     """The loop, from the last checkpoint (or the start) to the exported encoder."""
     recipe = inputs.recipe
     optim = recipe.optim
-    module, optimizer = build.set_up(fabric, TrainingStep(objective, inputs.cell_size), optim)
+    tokens = getattr(recipe.objective, "token_lr_ratio", 1.0)
+    slower = {f"objective.{name}" for name in objective.tokens()} if tokens != 1 else ()
+    step_module = TrainingStep(objective, inputs.cell_size)
+    module, optimizer = build.set_up(fabric, step_module, optim, slower, tokens)
 
     checkpoints = Checkpoints(out / "checkpoints", recipe.compute.keep_checkpoints)
     done = 0
@@ -176,7 +193,8 @@ def run_pretraining(
 
     target = out / "encoder.safetensors"
     if fabric.is_global_zero:
-        save_encoder(target, objective.encoder_state(), inputs.passport())
+        rest = save_objective(target, objective.rest_state())
+        save_encoder(target, objective.encoder_state(), replace(passport, objective_sha256=rest))
         finish_run(out, total.lap(), {"steps": optim.steps}, {"encoder": target.name})
         log.info("encoder weights: %s", target)
     fabric.barrier()

@@ -148,9 +148,10 @@ def _section(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _start(run: Run) -> str:
-    if run.kind != "finetune":
+    inputs = _section(run.record, "inputs")
+    encoder = inputs.get("encoder") or inputs.get("init")
+    if run.kind != "finetune" and not encoder:
         return ""
-    encoder = _section(run.record, "inputs").get("encoder")
     return f"encoder weights {str(encoder)[:12]}" if encoder else "random weights (scratch)"
 
 

@@ -13,6 +13,8 @@ from spark3d.models.probe import probe
 from spark3d.sparse.encoder import SparseEncoder
 from spark3d.sparse.mask import CellMask
 
+NETWORK = "encoder.network."
+
 
 @dataclass(frozen=True)
 class Losses:
@@ -53,6 +55,29 @@ class Objective(nn.Module, ABC):
         self, crops: Float[Tensor, "b c *size"], mask: CellMask
     ) -> Float[Tensor, "b c *size"]:
         """The crops with their hidden cells replaced by what the model predicts, for pictures."""
+
+    def tokens(self) -> tuple[str, ...]:
+        """Names of the parameters that stand for hidden sites inside the network."""
+        return ()
+
+    def rest_state(self) -> dict[str, Tensor]:
+        """All tensors but the network's own (decoder, tokens, norms): copies, on the CPU."""
+        return {
+            key: value.detach().cpu().contiguous().clone()
+            for key, value in self.state_dict().items()
+            if not key.startswith(NETWORK)
+        }
+
+    def load_rest(self, state: Mapping[str, Tensor]) -> str:
+        """Load what `rest_state` gave, all of it or nothing; why not, or an empty text."""
+        own = {k: v for k, v in self.state_dict().items() if not k.startswith(NETWORK)}
+        if odd := sorted(own.keys() ^ state.keys()):
+            return f"{len(odd)} tensors are in one of the two alone, such as {odd[0]}"
+        if odd := [k for k, v in state.items() if v.shape != own[k].shape]:
+            shapes = tuple(state[odd[0]].shape), tuple(own[odd[0]].shape)
+            return f"{odd[0]} was {shapes[0]} and is {shapes[1]}"
+        self.load_state_dict(dict(state), strict=False)
+        return ""
 
     def encoder_state(self) -> dict[str, Tensor]:
         """Weights of the encoder under the keys of the dense network: copies, on the CPU."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spark3d.errors import ConfigError, DataError
+from spark3d.errors import ConfigError, DataError, EnvironmentProblem
 from spark3d.models.segmenter import encoder_of
 from spark3d.weights.passport import Passport
+
+ENCODER = "encoder.safetensors"
+OBJECTIVE = "objective.safetensors"
 
 
 @dataclass(frozen=True)
@@ -53,30 +57,55 @@ def save_encoder(path: Path | str, state: Mapping[str, Tensor], passport: Passpo
         The passport as written, with the hash of the weights' file.
     """
     path = Path(path)
-    plain = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    part = path.with_name(path.name + ".part")
-    save_file(plain, part, metadata={"format": "pt"})  # several entries come in random order
-    written = replace(passport, sha256=file_sha256(part))
-    os.replace(part, path)
-    note = passport_path(path)
-    part = note.with_name(note.name + ".part")
-    part.write_text(written.to_json(), encoding="utf-8")
-    os.replace(part, note)
+    written = replace(passport, sha256=save_tensors(path, state))
+    with whole_file(passport_path(path)) as part:
+        part.write_text(written.to_json(), encoding="utf-8")
     return written
+
+
+def save_tensors(path: Path, state: Mapping[str, Tensor]) -> str:
+    """Write tensors as safetensors, whole or not at all; the SHA-256 of the file."""
+    plain = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+    with whole_file(path) as part:
+        save_file(plain, part, metadata={"format": "pt"})  # several entries come in random order
+        return file_sha256(part)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A place to write to; it becomes `path` at the end, and vanishes if anything goes wrong.
+
+    Raises:
+        EnvironmentProblem: safetensors could not write (it hides what the system said).
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        os.replace(part, path)
+    except SafetensorError as error:
+        raise EnvironmentProblem(
+            f"cannot write {path} ({error}); free space or check rights, then repeat the command"
+        ) from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_encoder(path: Path | str) -> tuple[dict[str, Tensor], Passport]:
     """Read what `save_encoder` wrote and check it against its passport.
 
+    Args:
+        path: The weights, or the folder of the run (or conversion) that wrote them.
+
     Raises:
         DataError: A file is missing or damaged, or the two do not belong together.
     """
-    path = Path(path)
+    path = encoder_file(path)
     note = passport_path(path)
     for needed in (path, note):
         if not needed.is_file():
             raise DataError(
                 f"{needed} not found; encoder weights are two files, {path.name} and {note.name}"
+                "; checkpoints of other programs: `spark3d weights import FILE --as BACKBONE`"
             )
     passport = Passport.from_json(note.read_text(encoding="utf-8", errors="replace"), str(note))
     if passport.sha256 and file_sha256(path) != passport.sha256:
@@ -164,13 +193,45 @@ def adapt_channels(weight: Tensor, shape: torch.Size) -> Tensor | None:
     """A convolution's weight for another number of input channels, None where more differs.
 
     Every new channel gets the mean over the old ones times old / new: the sum over channels, so
-    the response to channels that are all equal, stays the same.
+    the response to channels that are all equal, stays the same. RGB to one channel is thus the sum,
+    one channel to n the repeated weight over n.
     """
     same = weight.ndim == len(shape) >= 3 and weight.shape[0] == shape[0]
     if not same or weight.shape[2:] != shape[2:]:
         return None
     scale = weight.shape[1] / shape[1]
     return (weight.mean(1, keepdim=True) * scale).expand(shape).clone()
+
+
+def save_objective(path: Path | str, state: Mapping[str, Tensor]) -> str:
+    """Write the rest of a pre-training beside the encoder weights `path`; its SHA-256.
+
+    It goes before the encoder weights, whose passport bears the hash.
+    """
+    return save_tensors(Path(path).with_name(OBJECTIVE), state)
+
+
+def load_objective(path: Path | str, passport: Passport) -> dict[str, Tensor]:
+    """What `save_objective` wrote beside the encoder weights; nothing if they came alone.
+
+    Raises:
+        DataError: It is damaged or of another run.
+    """
+    file = encoder_file(path).with_name(OBJECTIVE)
+    if not passport.objective_sha256 or not file.is_file():
+        return {}
+    if file_sha256(file) != passport.objective_sha256:
+        raise DataError(
+            f"{file} is damaged or of another run (its SHA-256 differs); copy it again, or remove "
+            "it to start that part from random weights"
+        )
+    return load_file(file)
+
+
+def encoder_file(path: Path | str) -> Path:
+    """The weights' file, given it or the folder it stands in."""
+    path = Path(path)
+    return path / ENCODER if path.is_dir() else path
 
 
 def passport_path(path: Path | str) -> Path:

@@ -42,6 +42,8 @@ class Passport:
         recipe: The resolved recipe.
         content_hashes: Of the voxels of every pre-training volume, to tell overlaps with test data.
         steps: Optimiser steps behind the weights.
+        history: What was done to them before: imports, conversions, earlier pre-training.
+        objective_sha256: Of `objective.safetensors`, the rest of the pre-training; empty if none.
         versions: Of Python and the packages.
         sha256: Of the weights' file; filled in on saving.
         format: Version of this description.
@@ -58,6 +60,8 @@ class Passport:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     content_hashes: tuple[str, ...] = ()
     steps: int = 0
+    history: tuple[str, ...] = ()
+    objective_sha256: str = ""
     versions: Mapping[str, str] = field(default_factory=package_versions)
     sha256: str = ""
     format: int = FORMAT
@@ -92,7 +96,7 @@ class Passport:
                 f"{source} has format {found.get('format')} and fields {found.keys() - known} that "
                 "this version does not know; upgrade spark3d"
             )
-        for name in ("spacing_mm", "content_hashes"):
+        for name in ("spacing_mm", "content_hashes", "history"):
             if found.get(name) is not None:
                 found[name] = tuple(found[name])
         return cls(**found)

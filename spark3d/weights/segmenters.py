@@ -1,18 +1,17 @@
 """A fine-tuned network on disk: `model.safetensors` and the card by which to rebuild it."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from spark3d.errors import ConfigError, DataError
-from spark3d.weights.exchange import file_sha256, passport_path
+from spark3d.weights.exchange import file_sha256, passport_path, save_tensors, whole_file
 from spark3d.weights.passport import package_versions
 
 
@@ -53,15 +52,9 @@ class ModelCard:
 
 def save_model(path: Path, state: Mapping[str, Tensor], card: ModelCard) -> None:
     """Write the weights, then their card; each whole or not at all."""
-    plain = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    part = path.with_name(path.name + ".part")
-    save_file(plain, part, metadata={"format": "pt"})
-    written = replace(card, sha256=file_sha256(part))
-    os.replace(part, path)
-    note = passport_path(path)
-    part = note.with_name(note.name + ".part")
-    part.write_text(json.dumps(asdict(written), indent=1) + "\n", encoding="utf-8")
-    os.replace(part, note)
+    written = replace(card, sha256=save_tensors(path, state))
+    with whole_file(passport_path(path)) as part:
+        part.write_text(json.dumps(asdict(written), indent=1) + "\n", encoding="utf-8")
 
 
 def load_model(path: Path) -> tuple[dict[str, Tensor], ModelCard]:

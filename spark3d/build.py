@@ -46,7 +46,7 @@ from spark3d.models.losses import DiceCrossEntropy
 from spark3d.models.segmenter import build_segmenter, encoder_of
 from spark3d.objectives.a2mim import A2MIM
 from spark3d.objectives.base import Objective
-from spark3d.objectives.localmim import LocalMIM
+from spark3d.objectives.localmim import HogSettings, LocalMIM
 from spark3d.objectives.spark import SparK
 from spark3d.sparse.encoder import SparseEncoder
 from spark3d.weights.exchange import LoadReport, load_into
@@ -164,6 +164,8 @@ def objective(recipe: PretrainRecipe, synchronised: bool = False) -> Objective:
             section.target,
             section.width,
             section.kernel,
+            hog_settings(section, recipe.data.spacing_mm if ndim > 2 else None),
+            section.body,
         )
     return A2MIM(
         encoder,
@@ -173,9 +175,20 @@ def objective(recipe: PretrainRecipe, synchronised: bool = False) -> Objective:
         section.fourier,
         section.focal,
         section.average_spectrum,
+        section.replacement,
+        section.visible_weight,
         fill_from_visible=section.fill_from_visible,
         head_norm=section.head_norm,
     )
+
+
+def hog_settings(section: LocalMIMSection, spacing_mm: object) -> HogSettings:
+    """How histograms are made; gradients per mm where voxels are not cubes."""
+    spacing = None
+    if isinstance(spacing_mm, tuple) and max(spacing_mm) > min(spacing_mm):
+        spacing = tuple(s / min(spacing_mm) for s in spacing_mm)
+    soft = None if section.soft == "auto" else section.soft
+    return HogSettings(section.bins, soft, spacing, section.floor)
 
 
 def spark(section: SparKSection, net: Backbone, encoder: SparseEncoder) -> SparK:
@@ -189,7 +202,7 @@ def spark(section: SparKSection, net: Backbone, encoder: SparseEncoder) -> SparK
         decoder = LightDecoder(net.strides, net.in_channels, width, stop, section.decoder_norm)
     norm = densify_norm(net.network) if section.densify_norm == "auto" else section.densify_norm
     dense = Densify(net.channels, decoder.widths, net.ndim, norm, decoder.folds)
-    return SparK(encoder, dense, decoder, section.eps, section.min_variance)
+    return SparK(encoder, dense, decoder, section.eps, section.min_variance, section.flat_weight)
 
 
 def segmenter(
@@ -299,10 +312,15 @@ def set_up(
     module: nn.Module,
     optim: OptimSection,
     pretrained: Collection[str] = (),
+    ratio: float | None = None,
 ) -> tuple[nn.Module, Optimizer]:
-    """Wrap module and optimiser; `encoder_lr_ratio` scales the rates of the `pretrained`."""
+    """Wrap module and optimiser.
+
+    `ratio` (by default `encoder_lr_ratio`) scales the rates of the `pretrained` parameters.
+    """
     inside = frozenset(pretrained)
-    groups = parameter_groups(module, lambda name: name in inside, optim.encoder_lr_ratio)
+    scale = optim.encoder_lr_ratio if ratio is None else ratio
+    groups = parameter_groups(module, lambda name: name in inside, scale)
     optimizer = build_optimizer(optim.name, groups, optim.lr, optim.betas, optim.momentum)
     return runner.setup(module, optimizer)  # type: ignore[return-value]
 

@@ -33,7 +33,7 @@ class FillStage(nn.Module):
         channels: Of the encoder's stage.
         width: Channels that the decoder takes at this stage.
         ndim: Number of spatial axes.
-        norm: Batch, channel-layer or group norm (groups of one sample), or none.
+        norm: Batch, channel-layer, group or instance norm (of one sample), or none.
         kernel: Of the projection, 1 or 3; 0 leaves it out (`channels` must equal `width`).
         fold: Factor per axis by which the projection makes the map coarser; with a factor above 1
             its kernel and stride are the fold. On packed cells such a projection runs before they
@@ -110,7 +110,7 @@ class Densify(nn.Module):
         channels: Of the encoder's stages, fine to coarse.
         widths: Channels that the decoder takes at these stages (`decoder.widths`).
         ndim: Number of spatial axes.
-        norm: "bn" (as official for ResNets), "ln" (ConvNeXt), "gn" or "none".
+        norm: "bn" (as official for ResNets), "ln" (ConvNeXt), "gn", "in" or "none".
         folds: Factors per stage and axis for decoders that stop before the finest stage
             (`decoder.folds`).
 
@@ -149,6 +149,8 @@ def _visible_norm(kind: str, channels: int, ndim: int) -> nn.Module:
         return nn.LayerNorm(channels, eps=1e-6)
     if kind == "gn":
         return nn.GroupNorm(gcd(8, channels), channels)
+    if kind == "in":
+        return nn.GroupNorm(channels, channels)
     if kind == "none":
         return nn.Identity()
-    raise ConfigError(f"densify norm {kind!r} is unknown; choose bn, ln, gn or none")
+    raise ConfigError(f"densify norm {kind!r} is unknown; choose bn, ln, gn, in or none")

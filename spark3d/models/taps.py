@@ -6,17 +6,23 @@ reconstruction", CVPR 2023, arXiv 2303.05251; here with a convolutional body for
 
 from __future__ import annotations
 
-from math import ceil
+from collections.abc import Sequence
+from math import ceil, prod
 
 import torch
 from jaxtyping import Float
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from spark3d.errors import ConfigError
 from spark3d.models.channel_norm import ChannelNorm
 from spark3d.models.hidden import fill_hidden
 from spark3d.sparse.mask import CellMask
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+BODIES = ("conv", "attention")
+HEADS = 8
+MOST_SITES = 4096
 
 
 class DenseBlock(nn.Module):
@@ -37,6 +43,54 @@ class DenseBlock(nn.Module):
         return x + self.body(x)
 
 
+class GlobalBlock(nn.Module):
+    """Fixed positions and one pre-norm transformer block over all sites, as officially (ViT).
+
+    Args:
+        channels: A multiple of the heads.
+        ndim: Number of spatial axes.
+
+    Raises:
+        ConfigError: The channels are no multiple of the heads.
+    """
+
+    def __init__(self, channels: int, ndim: int) -> None:
+        super().__init__()
+        if channels % HEADS:
+            raise ConfigError(f"decoders of width {channels} need a multiple of {HEADS} channels")
+        self.ndim = ndim
+        self.block = Block(channels, HEADS, mlp_ratio=4.0, qkv_bias=True)
+
+    def forward(self, x: Float[Tensor, "b c *size"]) -> Float[Tensor, "b c *size"]:
+        """Every site sees all others.
+
+        Raises:
+            ConfigError: More sites than attention is sensible for.
+        """
+        size = x.shape[2:]
+        if prod(size) > MOST_SITES:
+            raise ConfigError(
+                f"attention over a map of {tuple(size)} sites: at most {MOST_SITES} are allowed; "
+                "tap coarser stages, take smaller crops, or objective.body=conv"
+            )
+        rows = (x + positions(size, x.shape[1]).to(x)).flatten(2).mT
+        return self.block(rows).mT.unflatten(2, size)
+
+
+def positions(size: Sequence[int], channels: int) -> Float[Tensor, "1 c *size"]:
+    """Sines and cosines of every site's place: an equal share of the channels for each axis."""
+    half = channels // (2 * len(size))
+    rates = 10000.0 ** -(torch.arange(half, dtype=torch.float64) / max(1, half))
+    out = torch.zeros(channels, *size, dtype=torch.float64)
+    for axis, sites in enumerate(size):
+        shape = [sites if a == axis else 1 for a in range(len(size))]
+        angle = rates.view(-1, *(1,) * len(size)) * torch.arange(sites).double().view(shape)
+        first = 2 * half * axis
+        out[first : first + half] = angle.sin()
+        out[first + half : first + 2 * half] = angle.cos()
+    return out.unsqueeze(0)
+
+
 class TapDecoder(nn.Module):
     """From one masked stage to predictions at each of its sites.
 
@@ -50,6 +104,10 @@ class TapDecoder(nn.Module):
         width: Channels inside.
         blocks: Dense blocks; `blocks_to_reach` gives the usual number.
         kernel: Of their depthwise convolution, odd.
+        body: "conv", those blocks, or "attention", one transformer block instead.
+
+    Raises:
+        ConfigError: Unknown body, or a width that does not suit it.
     """
 
     def __init__(
@@ -60,12 +118,16 @@ class TapDecoder(nn.Module):
         width: int = 256,
         blocks: int = 1,
         kernel: int = 7,
+        body: str = "conv",
     ) -> None:
         super().__init__()
+        if body not in BODIES:
+            raise ConfigError(f"body {body!r} is unknown; choose of {', '.join(BODIES)}")
         conv = CONVOLUTIONS[ndim]
         self.enter = nn.Sequential(ChannelNorm(channels), conv(channels, width, 1))
         self.token = nn.Parameter(torch.zeros(1, width, *(1,) * ndim))
-        self.body = nn.Sequential(*(DenseBlock(width, ndim, kernel) for _ in range(blocks)))
+        steps = [DenseBlock(width, ndim, kernel) for _ in range(blocks)]
+        self.body = nn.Sequential(*([GlobalBlock(width, ndim)] if body == "attention" else steps))
         self.head = nn.Sequential(ChannelNorm(width), conv(width, out_channels, 1))
         nn.init.normal_(self.token, std=0.02)
         for module in self.modules():

@@ -122,6 +122,10 @@ class A2MIM(Objective):
             parts["fourier"] = spectral.detach()
         return Losses(total, parts)
 
+    def tokens(self) -> tuple[str, ...]:
+        """The token, and its factor where it fades in."""
+        return tuple(f"token.{name}" for name, _ in self.token.named_parameters())
+
     def predict(
         self, crops: Float[Tensor, "b c *size"], mask: CellMask
     ) -> Float[Tensor, "b c *size"]:

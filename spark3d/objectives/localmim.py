@@ -51,6 +51,7 @@ class LocalMIM(Objective):
         width: Channels of the decoders; half of it at the finest of several taps.
         kernel: Of their depthwise convolutions.
         hog_settings: How histograms are made.
+        body: Of the decoders, see `TapDecoder`.
 
     Raises:
         ConfigError: No such stage or target; a HOG tap finer than 4 voxels.
@@ -66,6 +67,7 @@ class LocalMIM(Objective):
         width: int = 256,
         kernel: int = 7,
         hog_settings: HogSettings | None = None,
+        body: str = "conv",
     ) -> None:
         super().__init__(encoder)
         if target not in TARGETS:
@@ -87,6 +89,7 @@ class LocalMIM(Objective):
                     width if order or len(self.taps) == 1 else max(1, width // 2),
                     blocks_to_reach(sites, kernel),
                     kernel,
+                    body,
                 )
             )
 

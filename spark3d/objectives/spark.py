@@ -6,6 +6,7 @@ sparse and hierarchical masked modeling", ICLR 2023, arXiv 2301.03580.
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -26,8 +27,9 @@ class SparK(Objective):
         densify: Fills the hidden sites of its stages; channels of `encoder`, widths of `decoder`.
         decoder: Predicts the voxels of the hidden cells.
         eps: Added to the variance of a cell, in squared units of the crop (1e-6 officially).
-        min_variance: Hidden cells that vary less are left out of the loss, in squared units of the
-            crop (0, none, officially).
+        min_variance: Hidden cells that vary less are flat, in squared units of the crop (0: none
+            is, officially).
+        flat_weight: How much the error of a flat cell counts, from 0 (it is left out) to 1.
     """
 
     def __init__(
@@ -37,15 +39,17 @@ class SparK(Objective):
         decoder: OfficialDecoder | LightDecoder,
         eps: float = 1e-6,
         min_variance: float = 0.0,
+        flat_weight: float = 0.0,
     ) -> None:
         super().__init__(encoder)
         self.densify = densify
         self.decoder = decoder
         self.eps = eps
         self.min_variance = min_variance
+        self.flat_weight = flat_weight
 
     def forward(self, crops: Float[Tensor, "b c *size"], mask: CellMask) -> Losses:
-        """Mean over the counted hidden cells of the batch of each cell's mean squared error.
+        """Weighted mean over the hidden cells of the batch of each cell's mean squared error.
 
         Zero, with zero gradients, where no cell counts.
         """
@@ -53,7 +57,9 @@ class SparK(Objective):
         predicted = self.predict(crops, mask).to(target.voxels.dtype)
         errors = (predicted - target.voxels).square().flatten(1).mean(1)
         share = target.counted.to(errors.dtype)
-        total = (errors * share).sum() / share.sum().clamp(min=1)
+        weight = share + self.flat_weight * (1 - share)
+        least = torch.finfo(weight.dtype).tiny
+        total = (errors * weight).sum() / weight.sum().clamp(min=least)
         parts = {"voxels": total.detach(), "counted": share.sum() / max(1, len(share))}
         return Losses(total, parts)
 

@@ -38,7 +38,7 @@ def build(ndim: int, norm: str, **options: object) -> Densify:
 
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("ndim", [1, 2, 3])
-@pytest.mark.parametrize("norm", ["bn", "ln", "gn", "none"])
+@pytest.mark.parametrize("norm", ["bn", "ln", "gn", "in", "none"])
 def test_packed_equals_the_full_grid(ndim: int, norm: str, folded: bool) -> None:
     """Maps, gradients of every parameter and running statistics agree in float64."""
     full, packed, _ = pyramids(ndim)

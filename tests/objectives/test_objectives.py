@@ -7,7 +7,7 @@ import torch
 from objective_cases import CASES, OBJECTIVES, Case
 from torch import nn
 
-from spark3d.models.segmenter import build_segmenter
+from spark3d.models.segmenter import build_segmenter, encoder_of
 from spark3d.objectives.base import Objective
 from spark3d.weights.exchange import load_into
 
@@ -66,10 +66,9 @@ def test_gradients_reach_everything_and_pictures_keep_what_is_visible(
 
 
 @every_objective
-@pytest.mark.parametrize("key", ["resnet 2d", "segresnet 3d"])
-def test_training_resumes_exactly(key: str, name: str) -> None:
+@every_case
+def test_training_resumes_exactly(case: Case, name: str) -> None:
     """State of model and optimiser through a file: the losses that follow are the same bits."""
-    case = CASES[key]
     model = OBJECTIVES[name](case)
     optimiser = optimiser_of(model)
     train(model, optimiser, case, 2)
@@ -87,10 +86,25 @@ def test_training_resumes_exactly(key: str, name: str) -> None:
 
 @every_objective
 @every_case
-def test_the_encoder_goes_into_a_segmenter(case: Case, name: str) -> None:
-    """Exported weights cover the encoder of a fresh segmentation network completely."""
+def test_the_encoder_fine_tunes_in_a_segmenter(case: Case, name: str) -> None:
+    """Exported weights cover a fresh segmentation network's encoder, and all of it then learns."""
     state = OBJECTIVES[name](case).encoder_state()
     backbone = case.backbone()
-    report = load_into(build_segmenter(backbone, 2), state)
+    segmenter = build_segmenter(backbone, 2)
+    report = load_into(segmenter, state)
     assert report.coverage == 1.0
     assert set(report.matched) == set(backbone.encoder_keys)
+    crops, _ = case.batch()
+    labels = (crops[:, 0] > 0).long()
+    optimiser = optimiser_of(segmenter, 2e-3)
+    losses = []
+    for _ in range(4):
+        optimiser.zero_grad()
+        loss = nn.functional.cross_entropy(segmenter(crops), labels)
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert min(losses[1:]) < losses[0]
+    after = encoder_of(segmenter).state_dict()
+    learnt = {n for n, p in backbone.network.named_parameters() if n in state}
+    assert all(not torch.equal(after[key], state[key]) for key in learnt)

@@ -1,0 +1,48 @@
+"""Objectives that do not fit the network or the cells: one line before anything is trained."""
+
+from pathlib import Path
+
+import pytest
+from conftest import NETWORK, Fails
+
+SMALL = (
+    *NETWORK,
+    "data.crop=16",
+    "optim.batch=2",
+    "optim.steps=2",
+    "optim.warmup=1",
+    "mask.cell_size=8",
+)
+LOCAL = "objective.name=localmim"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            [LOCAL, "objective.taps=[layer9]"],
+            "taps ['layer9'] are not stages; they are ['down_layers.0', 'down_layers.1', ",
+        ),
+        ([LOCAL, "objective.taps=[down_layers.1]"], "finer than 4 voxels"),
+        ([LOCAL, "objective.target=edges"], "'hog' or 'voxels'"),
+        ([LOCAL, "objective.body=attention", "objective.width=20"], "a multiple of 8 channels"),
+        ([LOCAL, "mask.cell_size=6", "data.crop=24"], "monai/segresnet cannot be trained by this"),
+        (
+            ["objective={name: a2mim, token_at: nowhere}"],
+            "no stages named ['nowhere']; sub-modules",
+        ),
+        (["objective={name: a2mim, token_at: up_layers.0}"], "is not run before the stage"),
+        (["objective={name: a2mim, mode: add}"], "'replace', 'residual' or 'fading'"),
+        (
+            ["objective.name=a2mim", "mask.cell_size=6", "data.crop=24"],
+            "does not fit (4, 4, 4) cells along axis 0",
+        ),
+        (["model.options.stages=[layer1]"], "no stages named ['layer1']; sub-modules are convInit"),
+        (["objective.densify_norm=batch"], "'bn', 'ln', 'gn', 'in' or 'none'"),
+        (["mask.cell_size=6", "data.crop=24"], "cannot be trained by this recipe"),
+    ],
+)
+def test_mistakes(store: Path, tmp_path: Path, fails: Fails, words: list[str], said: str) -> None:
+    run = tmp_path / "run"
+    assert said in fails(2, "pretrain", *SMALL, *words, "--data", store, "--out", run)
+    assert not run.exists()

@@ -19,11 +19,9 @@ from spark3d.config import (
     ComputeSection,
     DataSection,
     FinetuneRecipe,
-    LocalMIMSection,
     LossSection,
     OptimSection,
     PretrainRecipe,
-    SparKSection,
     WindowSection,
 )
 from spark3d.data.augment import Affine, Augment, Flips, Intensity
@@ -48,6 +46,7 @@ from spark3d.objectives.a2mim import A2MIM
 from spark3d.objectives.base import Objective
 from spark3d.objectives.localmim import HogSettings, LocalMIM
 from spark3d.objectives.spark import SparK
+from spark3d.recipe_sections import LocalMIMSection, SparKSection
 from spark3d.sparse.encoder import SparseEncoder
 from spark3d.weights.exchange import LoadReport, load_into
 from spark3d.weights.passport import Passport

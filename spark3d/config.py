@@ -12,21 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from spark3d.errors import ConfigError
 from spark3d.recipe_files import apply_override, find_recipe, read_yaml
+from spark3d.recipe_sections import Auto, ObjectiveSection, Section, Sizes, SparKSection
 
 __all__ = ["find_recipe", "read_yaml"]
-
-Auto = Literal["auto"]
-Sizes = int | tuple[int, ...]
-
-
-class Section(BaseModel):
-    """A frozen group of keys that refuses unknown ones."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class WindowSection(Section):
@@ -98,69 +90,6 @@ class ModelSection(Section):
     options: dict[str, Any] = Field(default_factory=dict)
     in_channels: int = Field(default=1, ge=1)
     backend: Literal["packed", "reference"] = "packed"
-
-
-class SparKSection(Section):
-    """SparK: per-cell normalised voxels, `eps` under the root.
-
-    Hidden cells that vary less than `min_variance` count `flat_weight` times; 0 skips them.
-
-    The `light` decoder stops at `stop_stride` and predicts the voxels of each hidden cell; the
-    `official` one climbs to full resolution.
-    """
-
-    name: Literal["spark"] = "spark"
-    eps: float = Field(default=1e-6, ge=0)
-    min_variance: float = Field(default=0.0, ge=0)
-    flat_weight: float = Field(default=0.0, ge=0, le=1)
-    decoder: Literal["light", "official"] = "light"
-    decoder_width: Auto | int = "auto"
-    decoder_norm: Literal["bn", "gn", "in"] = "bn"
-    densify_norm: Auto | Literal["bn", "ln", "gn", "in", "none"] = "auto"
-    stop_stride: Auto | Sizes = "auto"
-
-
-class LocalMIMSection(Section):
-    """LocalMIM: every tapped stage predicts gradient histograms, or voxels, of its own scale.
-
-    Histograms: `bins` in 2D (ten axes in 3D), `soft` votes (auto: in 3D), a noise `floor` in units
-    of the crop. `body` of the decoders: convolutions, or one block of attention over all sites.
-    """
-
-    name: Literal["localmim"] = "localmim"
-    target: Literal["hog", "voxels"] = "hog"
-    taps: tuple[str, ...] | None = None
-    bins: int = Field(default=9, ge=2)
-    soft: Auto | bool = "auto"
-    floor: float = Field(default=0.0, ge=0)
-    body: Literal["conv", "attention"] = "conv"
-    width: int = Field(default=256, ge=1)
-    kernel: int = Field(default=7, ge=1)
-
-
-class A2MIMSection(Section):
-    """A2MIM: mean fill, a token before the last stage, focal L1 and a Fourier loss; dense.
-
-    In the spectrum, visible voxels hold `visible_weight` of the prediction and else `replacement`.
-    `token_lr_ratio` is the token's learning rate relative to the rest (.1 officially).
-    """
-
-    name: Literal["a2mim"] = "a2mim"
-    token_at: str | None = None
-    mode: Literal["residual", "replace", "fading"] = "residual"
-    fourier: float = Field(default=0.5, ge=0)
-    focal: bool = True
-    average_spectrum: bool = True
-    replacement: Literal["mixed", "target", "prediction", "mean"] = "mixed"
-    visible_weight: float = Field(default=1e-3, ge=0, le=1)
-    token_lr_ratio: float = Field(default=1.0, gt=0)
-    fill_from_visible: bool = False
-    head_norm: bool = False
-
-
-ObjectiveSection = Annotated[
-    SparKSection | LocalMIMSection | A2MIMSection, Field(discriminator="name")
-]
 
 
 class OptimSection(Section):
@@ -337,6 +266,10 @@ def _first_problem(kind: type[BaseModel], tree: dict[str, Any], error: Validatio
         here = [p["msg"].lower() for p in problems if _place(tree, p["loc"]) == where]
         return f"{where}={problem.get('input')!r}: {' or '.join(dict.fromkeys(here))}"
     known = sorted(_keys(kind))
+    if where in known:
+        section = where.rpartition(".")[0]
+        whole = f"{section}={{name: ...}}"
+        return f"{where} is not for this {section}; leave it out, or give {whole} as a whole"
     near = difflib.get_close_matches(where, known, n=1, cutoff=0.5)
     last = [key for key in known if key.rsplit(".", 1)[-1] == str(problem["loc"][-1])]
     hint = near or last

@@ -30,7 +30,7 @@ from spark3d.data.record import CaseRecord
 from spark3d.data.store import Store
 from spark3d.data.stream import Sample
 from spark3d.errors import ConfigError, DataError
-from spark3d.weights.exchange import load_encoder
+from spark3d.weights.exchange import encoder_file, load_encoder
 from spark3d.weights.passport import Passport
 from spark3d.weights.segmenters import ModelCard
 
@@ -132,7 +132,7 @@ def finetune_inputs(
     """Open (or prepare) the data, split it, choose what the recipe leaves open."""
     if recipe.dims != 3:
         raise ConfigError("fine-tuning reads volumes, so it needs dims=3, not dims=2")
-    weights = load_encoder(encoder) if encoder else None
+    weights = load_encoder(encoder_file(encoder)) if encoder else None
     recipe, notes = plan_from_encoder(recipe, weights[1] if weights else None)
     model = recipe.model
     unit = build.backbone(model.backbone, recipe.dims, model.in_channels, model.options).stride

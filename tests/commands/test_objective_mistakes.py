@@ -13,33 +13,32 @@ SMALL = (
     "optim.warmup=1",
     "mask.cell_size=8",
 )
-LOCAL = "objective.name=localmim"
+SIX = ["mask.cell_size=6", "data.crop=24"]
+"""Cells that maps of stride 4 do not divide."""
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (
-            [LOCAL, "objective.taps=[layer9]"],
+            ["objective={name: localmim, taps: [layer9]}"],
             "taps ['layer9'] are not stages; they are ['down_layers.0', 'down_layers.1', ",
         ),
-        ([LOCAL, "objective.taps=[down_layers.1]"], "finer than 4 voxels"),
-        ([LOCAL, "objective.target=edges"], "'hog' or 'voxels'"),
-        ([LOCAL, "objective.body=attention", "objective.width=20"], "a multiple of 8 channels"),
-        ([LOCAL, "mask.cell_size=6", "data.crop=24"], "monai/segresnet cannot be trained by this"),
+        (["objective={name: localmim, taps: [down_layers.1]}"], "finer than 4 voxels"),
+        (["objective={name: localmim, target: edges}"], "'hog' or 'voxels'"),
+        (["objective={name: localmim, body: attention, width: 20}"], "a multiple of 8 channels"),
+        (["objective={name: localmim}", *SIX], "cannot be trained by this recipe"),
         (
             ["objective={name: a2mim, token_at: nowhere}"],
             "no stages named ['nowhere']; sub-modules",
         ),
         (["objective={name: a2mim, token_at: up_layers.0}"], "is not run before the stage"),
-        (["objective={name: a2mim, mode: add}"], "'replace', 'residual' or 'fading'"),
-        (
-            ["objective.name=a2mim", "mask.cell_size=6", "data.crop=24"],
-            "does not fit (4, 4, 4) cells along axis 0",
-        ),
-        (["model.options.stages=[layer1]"], "no stages named ['layer1']; sub-modules are convInit"),
+        (["objective={name: a2mim, mode: add}"], "'residual', 'replace' or 'fading'"),
+        (["objective={name: a2mim}", *SIX], "(4, 4, 4) cells along axis 0"),
+        (["objective.name=a2mim"], "is not for this objective; leave it out"),
+        (["model.options.stages=[layer1]"], "no stages named ['layer1']; sub-modules are act_mod"),
         (["objective.densify_norm=batch"], "'bn', 'ln', 'gn', 'in' or 'none'"),
-        (["mask.cell_size=6", "data.crop=24"], "cannot be trained by this recipe"),
+        (SIX, "cannot be trained by this recipe"),
     ],
 )
 def test_mistakes(store: Path, tmp_path: Path, fails: Fails, words: list[str], said: str) -> None:

@@ -117,7 +117,7 @@ def test_clipping_before_lamb_is_clipping_inside_it() -> None:
 def test_attention_sees_every_site_and_convolutions_their_neighbours() -> None:
     """A far visible cell changes what is predicted at a hidden one only with attention."""
     case = CASES["segresnet 2d"]
-    crops, mask = case.batch()
+    _, mask = case.batch()
     hidden = (~mask.host[0]).nonzero()
     seen = mask.host[0].nonzero()
     far = max(
@@ -129,11 +129,10 @@ def test_attention_sees_every_site_and_convolutions_their_neighbours() -> None:
         decoder = TapDecoder(4, 3, 2, width=16, blocks=1, kernel=3, body=body).eval()
         maps = torch.randn(2, 4, *mask.grid, generator=torch.Generator().manual_seed(1))
         other = maps.clone()
-        other[(0, slice(None), *far[1])] += 1
+        other[(0, 0, *far[1])] += 1  # a norm over channels would not see all of them move
         with torch.no_grad():
             change = decoder(other, mask, False) - decoder(maps, mask, False)
-        assert bool(change[(0, slice(None), *far[0])].abs().max() > 1e-7) == moves
-    del crops
+        assert bool(change[(0, slice(None), *far[0])].any()) == moves
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
@@ -155,7 +154,7 @@ def test_attention_has_its_limits() -> None:
 
 
 def test_localmim_with_attention_overfits_one_batch() -> None:
-    case = CASES["segresnet 3d"]
+    case = CASES["segresnet 2d"]
     crops, mask = case.batch()
     torch.manual_seed(0)
     model = make_localmim(case, body="attention")

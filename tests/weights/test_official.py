@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from checkpoints import CONVNEXT, make, to_meta_names
+from checkpoints import CONVNEXT, RESNET, make, to_meta_names
 from golden_rule import FOLDER, fill, make_input, make_visible
 from torch import Tensor
 
@@ -35,7 +35,9 @@ def official(network: str) -> tuple[dict[str, Tensor], dict]:
     return state, numbers
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(
+    "network", ["resnet50", pytest.param("convnext_tiny", marks=pytest.mark.slow)]
+)
 def test_an_imported_pretraining_goes_on_with_the_official_loss(network: str) -> None:
     """Import, then `--init` on the shipped recipe: the loss is what the official code computed."""
     state, numbers = official(network)
@@ -77,10 +79,12 @@ def test_the_deepest_stage_comes_first_there_and_last_here() -> None:
 
 
 def test_parts_that_official_spark_does_not_have_are_named() -> None:
-    state, _ = official("resnet50")
+    name, options = RESNET
+    theirs = make(RESNET).state_dict()
+    state = {f"sparse_encoder.sp_cnn.{key}": value for key, value in theirs.items()}
     state["teacher.weight"] = torch.zeros(1)
     with pytest.raises(ConfigError, match=r"no known part of official SparK: teacher\.weight"):
-        import_foreign(Foreign(state, "", (), ()), "odd.pth", "timm/resnet50", 2)
+        import_foreign(Foreign(state, "", (), ()), "odd.pth", f"timm/{name}", 2, options=options)
 
 
 def test_meta_names_of_convnext_become_those_of_timm() -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spark3d.errors import ConfigError
 from spark3d.models.segmenter import stage_outputs
 from spark3d.models.timm_files import create_from, timm_arguments
 from spark3d.weights.convert import KeyReport, rebuilt
@@ -35,9 +36,12 @@ def export_timm(
     Raises:
         ConfigError: Not a 2D network of timm, or its features differ.
     """
-    arguments = timm_arguments(
-        passport.backbone, passport.ndim, passport.in_channels, passport.options
-    )
+    if not passport.backbone.startswith("timm/") or passport.ndim != 2:
+        raise ConfigError(
+            f"timm has 2D networks, this encoder is {passport.backbone} in {passport.ndim}D; "
+            "encoder.safetensors holds its weights under the library's own keys"
+        )
+    arguments = timm_arguments(passport.backbone, passport.in_channels, passport.options)
     ours = rebuilt(passport)
     loaded = load_into(ours.network, state, 1.0)
     whole = {k: v.detach().clone().contiguous() for k, v in ours.network.state_dict().items()}

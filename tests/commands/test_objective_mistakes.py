@@ -34,7 +34,10 @@ SIX = ["mask.cell_size=6", "data.crop=24"]
         ),
         (["objective={name: a2mim, token_at: up_layers.0}"], "is not run before the stage"),
         (["objective={name: a2mim, mode: add}"], "'residual', 'replace' or 'fading'"),
-        (["objective={name: a2mim}", *SIX], "(4, 4, 4) cells along axis 0"),
+        (
+            ["objective={name: a2mim}", "mask.cell_size=3", "data.crop=12"],
+            "a map of (6, 6, 6) sites does not fit (4, 4, 4) cells along axis 0",
+        ),
         (["objective.name=a2mim"], "is not for this objective; leave it out"),
         (["model.options.stages=[layer1]"], "no stages named ['layer1']; sub-modules are act_mod"),
         (["objective.densify_norm=batch"], "'bn', 'ln', 'gn', 'in' or 'none'"),

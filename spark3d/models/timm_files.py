@@ -11,7 +11,7 @@ from torch import nn
 
 
 def timm_arguments(name: str, in_channels: int, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by which `timm.create_model` builds the 2D network of `name`, without classifier."""
+    """Arguments by which `timm.create_model` builds the network of `name`, without classifier."""
     given = {key: value for key, value in options.items() if key != "stages"}
     model = name.removeprefix("timm/")
     return {"model_name": model, "num_classes": 0, "in_chans": in_channels, **given}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from objective_cases import CASES, make_a2mim
+from objective_cases import CASES, Case, make_a2mim, make_spark
 from torch import nn
 from torch.nn import functional as F
 
@@ -197,3 +197,22 @@ def test_it_serves_networks_that_cannot_be_masked() -> None:
         model.encoder(crops, mask)
     model(crops, mask).total.backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_it_serves_backbones_that_masking_refuses() -> None:
+    """A hybrid with attention: SparK names the layer that it cannot mask, A2MIM trains."""
+    case = Case("timm/mobilevitv2_050", 2, (32, 32), (2, 2))
+    crops, mask = case.batch()
+    with pytest.raises(TypeError, match="cannot be masked"):
+        make_spark(case)(crops, mask)
+    model = make_a2mim(case)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    losses = []
+    for _ in range(4):
+        optimiser.zero_grad()
+        loss = model(crops, mask).total
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert set(model.encoder_state()) == set(case.backbone().encoder_keys)

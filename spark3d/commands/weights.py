@@ -91,7 +91,6 @@ def export_command(weights: Path, to: str, out: Path) -> Path:
     if out.suffix != ".safetensors" or out == encoder_file(weights):
         raise ConfigError(f"--out {out} must be a new .safetensors file, e.g. resnet50.safetensors")
     state, passport = load_encoder(weights)
-    out.parent.mkdir(parents=True, exist_ok=True)
     arguments, report, equality = export_timm(state, passport, out)
     console = Console(soft_wrap=True, highlight=False)
     for line in (*report.lines(), f"checked: {equality}", f"wrote {out}; load it by"):

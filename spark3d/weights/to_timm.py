@@ -46,6 +46,7 @@ def export_timm(
     loaded = load_into(ours.network, state, 1.0)
     whole = {k: v.detach().clone().contiguous() for k, v in ours.network.state_dict().items()}
     missing = tuple(key for key in whole if key not in loaded.matched)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target) as part:
         file = part.with_name(f"{part.name}.safetensors")  # timm reads formats off the ending
         try:

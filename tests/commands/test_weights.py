@@ -171,6 +171,12 @@ def test_mistakes_are_one_line_and_write_nothing(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["import", "export", "inflate", "channels"])
+def test_help_shows_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    succeeds("weights", name, "--help")
+    assert f"spark3d weights {name} " in " ".join(capsys.readouterr().out.split())
+
+
 def test_outputs_are_never_overwritten(imported: Path, pretrained: Path, fails: Fails) -> None:
     told = fails(2, "weights", "channels", imported, "--to", "1", "--out", imported)
     assert "choose a new one" in told

@@ -107,5 +107,5 @@ def test_tokens_start_small_and_cut_at_one_sigma() -> None:
 
 def test_unknown_norm_is_refused() -> None:
     """The message lists the choices."""
-    with pytest.raises(ConfigError, match="bn, ln, gn or none"):
+    with pytest.raises(ConfigError, match="bn, ln, gn, in or none"):
         Densify(CHANNELS, CHANNELS, 2, "batch")

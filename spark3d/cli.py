@@ -91,7 +91,7 @@ def doctor(
 @app.command()
 def prepare(
     data: Annotated[
-        Path, typer.Option(help="Decathlon task, nnU-Net or BTCV folder, or any folder of volumes.")
+        Path, typer.Option(help="Decathlon, nnU-Net, BTCV or any other folder; or a case list.")
     ],
     out: Annotated[Path, typer.Option(help="Store to write; an interrupted one is completed.")],
     spacing: Annotated[

@@ -23,7 +23,9 @@ from spark3d.data.series import sort_series
 BODIES = (".raw", ".zraw", ".raw.gz")
 """Voxels of detached headers, which name them."""
 KNOWN_SUFFIXES = (".txt", ".csv", ".json", ".xml", ".md", ".pdf", ".png", ".jpg", ".zip", ".dcm")
-LABEL_FOLDER = re.compile(r"(labels?|segmentations?|masks?|annotations?)([A-Z].*|_.*)?", re.I)
+LABEL_FOLDER = re.compile(
+    r"(labels?|segs?|segmentations?|masks?|annotations?)(Tr|Ts|Va|Val|[-_].*)?", re.I
+)
 LABEL_NAME = re.compile(r"[-_.](labels?|seg|segmentation|masks?)$", re.I)
 SECTIONS = {
     "training": "training",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from spark3d.data.case_list import is_case_list, read_case_list
 from spark3d.data.checks import check_cases, check_label_names, fault
 from spark3d.data.dataset_json import read_json
 from spark3d.data.layouts import (
@@ -44,6 +45,7 @@ def find(
             (`RawData/Training/img`), or any folder of volume files and DICOM series, searched
             recursively; files there that are called label, seg or mask, or lie in a folder so
             called, are no images. Each series is a case; its patient is that of its headers.
+            Or a list of cases, a JSON file that `data/case_list.py` describes.
         group_pattern: regular expression searched in the id; its first group names the patient.
         progress: called with (files done, files in all) while headers of DICOM files are read.
 
@@ -51,7 +53,7 @@ def find(
         DataError: no such folder, no volume in it, duplicate ids, listed files that are absent.
     """
     root = Path(folder)
-    if not root.is_dir():
+    if not root.is_dir() and not is_case_list(root):
         raise fault(
             "E-NO-FOLDER", root, "no such folder", "a folder of volumes", "check the path of --data"
         )
@@ -65,6 +67,8 @@ def find(
 
 
 def _recognise(root: Path, progress: Callable[[int, int], None] | None) -> FoundCases:
+    if is_case_list(root):
+        return read_case_list(root)
     description = root / "dataset.json"
     if description.is_file():
         data = read_json(description)

@@ -12,6 +12,7 @@ from scripts import add_to_tar, script, tarred
 
 from data_prep.msd import TRAINING, main, monai_split, nnunet_folds
 from spark3d.commands.prepare import prepare_command
+from spark3d.data.folders import place
 from spark3d.data.io import read_volume
 from spark3d.data.splits import named_split
 from spark3d.data.store import Store
@@ -254,3 +255,19 @@ def test_the_real_hippocampus_cases(
     assert "195 of the 260 training cases that were published" in said
     split = named_split(str(tmp_path / "splits" / "msd_hippocampus-monai-80-20.json"))
     assert (len(split.train), len(split.validation)) == (156, 39)
+
+
+@pytest.mark.realdata
+def test_real_hippocampus_cases_become_a_store(real_data: Path, tmp_path: Path) -> None:
+    """Ten of them, whose labels are stored now as uint8, now as float32."""
+    root = real_data / "msd_hippocampus"
+    data = json.loads((root / "dataset.json").read_text())
+    data["training"] = data["training"][:10]
+    for entry in data["training"]:
+        for name in entry.values():
+            place(root / name, tmp_path / "task" / name)
+    (tmp_path / "task" / "dataset.json").write_text(json.dumps(data))
+    store = prepared(tmp_path / "task", tmp_path / "store")
+    assert len(store) == 10
+    assert {r.labels for r in store.cases} == {(1, 2)}
+    assert {r.modality for r in store.cases} == {"MR"}

@@ -162,7 +162,12 @@ def load_into(
             reshaped = (key,)
     unused = tuple(key for key in state if key not in fitted)
     parts = {key.split(".")[0] for key in state}
-    missing = tuple(k for k in own if k.split(".")[0] in parts and k not in {*fitted, *unused})
+    shared = {own[key].data_ptr() for key in fitted}  # tensors may have several names
+    missing = tuple(
+        k
+        for k in own
+        if k.split(".")[0] in parts and k not in unused and own[k].data_ptr() not in shared
+    )
     coverage = _coverage(fitted, [own[k] for k in missing] + [state[k] for k in unused])
     if not fitted or coverage < min_coverage:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """From recipes to objects: the only place where names become constructors."""
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from spark3d.config import (
@@ -24,32 +24,23 @@ from spark3d.config import (
     PretrainRecipe,
     WindowSection,
 )
-from spark3d.data.augment import Affine, Augment, Flips, Intensity
+from spark3d.data.augment import Affine, Augment, Flips, Intensity, Turns
 from spark3d.data.crops import CropRule
 from spark3d.data.intensity import Window
 from spark3d.engine.optim import build_optimizer, parameter_groups
 from spark3d.engine.schedule import learning_rate, weight_decay
 from spark3d.errors import ConfigError, EnvironmentProblem
 from spark3d.models.backbones import Backbone, build_backbone, synchronise_norms
-from spark3d.models.balance import (
-    balance_stages,
-    can_balance,
-    free_norms,
-    restore_norms,
-    stage_spreads,
-)
 from spark3d.models.decoder import LightDecoder, OfficialDecoder
 from spark3d.models.densify import Densify
-from spark3d.models.losses import DiceCrossEntropy
-from spark3d.models.segmenter import build_segmenter, encoder_of
+from spark3d.models.losses import DeepSupervision, DiceCrossEntropy
+from spark3d.models.segmenter import build_segmenter
 from spark3d.objectives.a2mim import A2MIM
 from spark3d.objectives.base import Objective
 from spark3d.objectives.localmim import HogSettings, LocalMIM
 from spark3d.objectives.spark import SparK
 from spark3d.recipe_sections import LocalMIMSection, SparKSection
 from spark3d.sparse.encoder import SparseEncoder
-from spark3d.weights.exchange import LoadReport, load_into
-from spark3d.weights.passport import Passport
 from spark3d.weights.segmenters import ModelCard, load_model
 
 LIGHT_WIDTH, OFFICIAL_WIDTH = 256, 768
@@ -204,48 +195,36 @@ def spark(section: SparKSection, net: Backbone, encoder: SparseEncoder) -> SparK
     return SparK(encoder, dense, decoder, section.eps, section.min_variance, section.flat_weight)
 
 
-def segmenter(
-    recipe: FinetuneRecipe,
-    classes: int,
-    weights: tuple[dict[str, Tensor], Passport] | None,
-    crops: Callable[[], Tensor],
-) -> tuple[nn.Module, LoadReport | None]:
-    """The segmentation network, with encoder weights loaded if there are any.
+def network_kind(recipe: FinetuneRecipe) -> dict[str, Any]:
+    """What rebuilds the network of a resolved recipe; it stands in the model's card."""
+    model = recipe.model
+    return {
+        "name": model.backbone,
+        "ndim": recipe.dims,
+        "in_channels": model.in_channels,
+        "options": dict(model.options),
+        "decoder": {
+            "decoder": model.decoder,
+            "feature_size": model.feature_size,
+            "deep_supervision": model.deep_supervision,
+        },
+    }
 
-    Args:
-        recipe: Resolved.
-        classes: Background included.
-        weights: Encoder weights and their passport; None for a start from scratch.
-        crops: Gives a batch of training crops, by which the stages are balanced.
+
+def segmentation_network(kind: Mapping[str, Any], classes: int) -> tuple[nn.Module, Backbone]:
+    """The network of a `network_kind`, and the backbone in it.
 
     Raises:
-        ConfigError: the weights are of another backbone or cover less than 95 % of the encoder.
+        ConfigError: parts that do not go together.
     """
-    model = recipe.model
-    net = backbone(model.backbone, recipe.dims, model.in_channels, model.options, classes)
-    network = build_segmenter(net, classes)
-    if weights is None:
-        return network, None
-    state, passport = weights
-    balanced = can_balance(network) if model.balance == "auto" else model.balance
-    if not balanced:
-        return network, load_into(network, state, passport=passport, backbone=model.backbone)
-    batch = crops()
-    fresh, norms = stage_spreads(network, batch), free_norms(network)
-    report = load_into(network, state, passport=passport, backbone=model.backbone)
-    restore_norms(network, norms)
-    balance_stages(network, fresh, batch)
-    return network, report
-
-
-def encoder_parameters(network: nn.Module, report: LoadReport | None) -> frozenset[str]:
-    """Names, in the whole network, of the parameters that came from the encoder weights."""
-    if report is None:
-        return frozenset()
-    inside = encoder_of(network)
-    prefix = next(name for name, module in network.named_modules() if module is inside)
-    dot = f"{prefix}." if prefix else ""
-    return frozenset(dot + key for key in (*report.matched, *report.reshaped))
+    name, options, decoder = kind["name"], dict(kind["options"]), dict(kind.get("decoder", {}))
+    own = name in SEGMENTATION_NETWORKS and decoder.get("decoder", "auto") == "auto"
+    if own and decoder.get("deep_supervision", False) and name != "monai/segresnet":
+        options["deep_supervision"] = True
+        if name == "monai/dynunet":
+            options.setdefault("deep_supr_num", len(options.get("strides", (1,) * 5)) - 2)
+    net = backbone(name, kind["ndim"], kind["in_channels"], options, classes)
+    return build_segmenter(net, classes, **decoder), net
 
 
 @dataclass(frozen=True)
@@ -277,11 +256,7 @@ def load_segmenter(path: Path) -> LoadedSegmenter:
         ConfigError: the weights do not fit the network their card describes.
     """
     state, card = load_model(path)
-    kind = card.backbone
-    net = backbone(
-        kind["name"], kind["ndim"], kind["in_channels"], kind["options"], card.out_channels
-    )
-    network = build_segmenter(net, card.out_channels)
+    network, _ = segmentation_network(card.backbone, card.out_channels)
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
@@ -292,18 +267,23 @@ def load_segmenter(path: Path) -> LoadedSegmenter:
     )
 
 
-def segmentation_loss(section: LossSection, classes: int) -> nn.Module:
+def segmentation_loss(
+    section: LossSection, classes: int, deep_supervision: bool = False
+) -> nn.Module:
     """Dice plus cross-entropy on logits `(b, k, *size)` and labels `(b, *size)`."""
     weights = None
     if section.foreground_weight != 1:
         weights = [1.0] + [section.foreground_weight] * (classes - 1)
-    return DiceCrossEntropy(
+    loss = DiceCrossEntropy(
         weights,
         section.dice_weight,
         section.ce_weight,
         section.include_background,
         section.batch_dice,
+        section.squared,
+        section.smooth,
     )
+    return DeepSupervision(loss) if deep_supervision else loss
 
 
 def set_up(
@@ -346,7 +326,7 @@ def window(section: WindowSection) -> Window:
 def crop_rule(data: DataSection, labelled: bool) -> CropRule:
     """Crops on the body, or around classes for labelled cases."""
     kind = "balanced" if labelled else "foreground"
-    return CropRule(kind, data.body_fraction, data.class_crops)
+    return CropRule(kind, data.body_fraction, data.class_crops, jitter=data.jitter)
 
 
 def augment(section: AugmentSection, spacing_mm: tuple[float, ...]) -> Augment:
@@ -360,4 +340,4 @@ def augment(section: AugmentSection, spacing_mm: tuple[float, ...]) -> Augment:
         margin=0.25 if section.affine else 0.0,
     )
     intensity = Intensity(section.intensity, section.scale, section.shift, section.noise)
-    return Augment(affine, Flips(section.flips, section.swap), intensity)
+    return Augment(affine, Flips(section.flips, section.swap), intensity, Turns(section.rot90))

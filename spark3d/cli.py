@@ -177,6 +177,12 @@ def finetune(
     encoder: Annotated[
         Path | None, typer.Option(help="encoder.safetensors or its run; without: from scratch.")
     ] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="A frozen protocol in place of a recipe, e.g. btcv-80-20.")
+    ] = None,
+    smoke: Annotated[
+        bool, typer.Option(help="Shorten the protocol to a few steps; marked as no result.")
+    ] = False,
     allow_overlap: Annotated[
         bool, typer.Option(help="Go on although held-out volumes were seen in training; told.")
     ] = False,
@@ -188,13 +194,16 @@ def finetune(
     `spark3d finetune --data labelled/ --encoder runs/pre --out runs/fine`
 
     `spark3d finetune split.labels=8 optim.steps=600 --data store/ --out runs/scratch8`
+
+    `spark3d finetune --protocol btcv-monai-24-6 --data RawData/ --encoder runs/pre --out runs/btcv`
     """
     from spark3d.commands.finetune import finetune_command
 
     recipe, overrides = split_recipe(arguments)
     done = finetune_command(
-        required(data, "--data"), required(out, "--out"), encoder, recipe, overrides, allow_overlap
-    )
+        required(data, "--data"), required(out, "--out"), encoder, recipe, overrides, allow_overlap,
+        protocol, smoke,
+    )  # fmt: skip
     typer.echo(f"model: {done.model}")
 
 
@@ -203,7 +212,9 @@ def predict(
     model: Annotated[Path, typer.Option(help="Run folder of a fine-tuning, or its model.")],
     data: Annotated[Path, typer.Option(help="Folder of volumes, or one volume.")],
     out: Annotated[Path, typer.Option(help="Gets a label map per case; finished ones are kept.")],
-    overlap: Annotated[float, typer.Option(help="Of neighbouring windows, 0 to below 1.")] = 0.5,
+    overlap: Annotated[
+        float | None, typer.Option(help="Of neighbouring windows, 0 to below 1; default the run's.")
+    ] = None,
     flips: Annotated[
         str, typer.Option(help="Axes to mirror in extra passes, e.g. 0 (left-right) or 0,1.")
     ] = "",
@@ -237,7 +248,9 @@ def evaluate(
     references: Annotated[Path, typer.Option(help="Dataset, or folder of reference label maps.")],
     out: Annotated[Path, typer.Option(help="Gets evaluation.json, evaluation.csv and overlays.")],
     name: Annotated[str | None, typer.Option(help="What tables call these predictions.")] = None,
-    tolerance_mm: Annotated[float, typer.Option(help="Of the normalised surface Dice.")] = 2.0,
+    tolerance_mm: Annotated[
+        float | None, typer.Option(help="Of the normalised surface Dice; default the run's, or 2.")
+    ] = None,
     partial: Annotated[bool, typer.Option(help="Leave out references without prediction.")] = False,
 ) -> None:
     """Score predictions per case and organ, in mm, on the original grid.

@@ -1,6 +1,6 @@
 """Every recipe, in reading order: load YAML, apply `section.key=value`, save what was resolved.
 
-The sections `data mask model objective optim loss` change results; `compute` and `log` never do.
+The sections `data mask model objective optim loss` change results; `compute log probe` never do.
 A value of `auto` is chosen from the data by the command, shown, and written into the run's resolved
 recipe.
 """
@@ -16,9 +16,23 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from spark3d.errors import ConfigError
 from spark3d.recipe_files import apply_override, find_recipe, read_yaml
-from spark3d.recipe_sections import Auto, ObjectiveSection, Section, Sizes, SparKSection
+from spark3d.recipe_sections import (
+    Auto,
+    LossSection,
+    ObjectiveSection,
+    ProbeSection,
+    ProtocolSection,
+    ScoreSection,
+    Section,
+    Sizes,
+    SparKSection,
+)
 
 __all__ = ["find_recipe", "read_yaml"]
+
+NEUTRAL = ("compute", "log", "probe")
+"""Sections that never change results."""
+Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class WindowSection(Section):
@@ -35,7 +49,9 @@ class WindowSection(Section):
 class AugmentSection(Section):
     """Random changes of a crop; probabilities per draw, `flips` per axis (R, A, S in the store).
 
-    `swap` names label pairs that change places in a left-right mirror image. `noise` is the highest
+    `swap` names label pairs that change places in a left-right mirror image; `rot90` is the
+    probability of quarter turns in the axial plane. `intensity` is the probability of a change of
+    contrast, of offset and of noise, or one for each in this order; `noise` is the highest
     standard deviation and `shift` the largest offset, both in the network's intensity range.
     """
 
@@ -45,7 +61,8 @@ class AugmentSection(Section):
     stretch: float = Field(default=0.1, ge=0, lt=1)
     flips: tuple[float, ...] = (0.5, 0.5, 0.5)
     swap: tuple[tuple[int, int], ...] = ()
-    intensity: float = Field(default=0.5, ge=0, le=1)
+    rot90: Probability = 0.0
+    intensity: Probability | tuple[Probability, Probability, Probability] = 0.5
     scale: float = Field(default=0.1, ge=0)
     shift: float = Field(default=0.0, ge=0)
     noise: float = Field(default=0.0, ge=0)
@@ -57,13 +74,20 @@ SEGMENTATION_AUGMENT = AugmentSection(
 
 
 class DataSection(Section):
-    """What is read and how it is cut."""
+    """What is read and how it is cut.
+
+    A share `class_crops` of labelled crops is centred on a voxel of a class, within `jitter` of the
+    crop; others hold at least `body_fraction` of body where that can be. `crops_per_case` crops in
+    a row come from one case.
+    """
 
     spacing_mm: Auto | tuple[float, ...] = "auto"
     window: Auto | WindowSection = "auto"
     crop: Auto | Sizes = "auto"
     body_fraction: float = Field(default=0.3, ge=0, le=1)
     class_crops: float = Field(default=2 / 3, ge=0, le=1)
+    jitter: float = Field(default=0.25, ge=0, le=0.5)
+    crops_per_case: int = Field(default=1, ge=1)
     augment: AugmentSection = AugmentSection()
 
 
@@ -112,14 +136,21 @@ class OptimSection(Section):
     encoder_lr_ratio: float = Field(default=1.0, gt=0)
 
 
-class LossSection(Section):
-    """MONAI's Dice + cross-entropy; foreground classes weigh `foreground_weight` in the latter."""
+class FinetuneOptimSection(OptimSection):
+    """The same with what fine-tuning adds.
 
-    foreground_weight: float = Field(default=1.0, gt=0)
-    dice_weight: float = Field(default=1.0, ge=0)
-    ce_weight: float = Field(default=1.0, ge=0)
-    include_background: bool = False
-    batch_dice: bool = False
+    `encoder_lr_ratio`, `layer_decay` and `freeze_steps` concern weights that came from an encoder:
+    their rates are multiplied by `encoder_lr_ratio`, by `layer_decay` once for the deepest stage
+    and once more for every finer one, and they stay as they are for the first `freeze_steps` steps.
+    `ema` is the decay of a running average of the weights, which is then what is validated, saved
+    and used to predict (0: none). `accumulate` splits the batch of a step into that many shares,
+    which takes less memory; losses that normalise over the batch then do so over a share.
+    """
+
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    freeze_steps: int = Field(default=0, ge=0)
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    accumulate: int = Field(default=1, ge=1)
 
 
 class ComputeSection(Section):
@@ -162,6 +193,7 @@ class PretrainRecipe(Section):
     model: ModelSection = ModelSection()
     objective: ObjectiveSection = SparKSection()
     optim: OptimSection = OptimSection()
+    probe: ProbeSection = ProbeSection()
     compute: ComputeSection = ComputeSection()
     log: LogSection = LogSection()
 
@@ -199,16 +231,25 @@ class SegmentModelSection(Section):
 
     `balance` scales the stages of a pre-trained SegResNet to the spread of a fresh one, which keeps
     its decoder from drowning (`models.balance`); `auto` does so for SegResNet alone.
+
+    `decoder: auto` is the network's own, or a U-Net of width `feature_size` around an encoder that
+    has none; `flexible` is that of MONAI's FlexibleUNet. `batch_norm` says what becomes of the
+    encoder's running statistics: they move on in training (`train`), are first estimated anew on
+    dense crops (`estimate`), or stay as pre-training left them (`hold`).
     """
 
     backbone: Auto | str = "auto"
     options: dict[str, Any] = Field(default_factory=dict)
     in_channels: int = Field(default=1, ge=1)
     balance: Auto | bool = "auto"
+    decoder: Auto | Literal["unet", "flexible"] = "auto"
+    feature_size: int = Field(default=16, ge=1)
+    deep_supervision: bool = False
+    batch_norm: Literal["train", "estimate", "hold"] = "train"
 
 
 class FinetuneRecipe(Section):
-    """One fine-tuning run."""
+    """One fine-tuning run; `protocol` is filled in by `--protocol` alone."""
 
     dims: Literal[2, 3] = 3
     seed: int = 0
@@ -216,8 +257,12 @@ class FinetuneRecipe(Section):
     split: SplitSection = SplitSection()
     model: SegmentModelSection = SegmentModelSection()
     loss: LossSection = LossSection()
-    optim: OptimSection = OptimSection(lr=3e-3, weight_decay=0.01, steps=600, warmup=60, batch=2)
+    optim: FinetuneOptimSection = FinetuneOptimSection(
+        lr=3e-3, weight_decay=0.01, steps=600, warmup=60, batch=2
+    )
     window_overlap: float = Field(default=0.5, ge=0, lt=1)
+    score: ScoreSection = ScoreSection()
+    protocol: ProtocolSection | None = None
     compute: ComputeSection = ComputeSection()
     log: LogSection = LogSection()
 
@@ -331,4 +376,4 @@ def changed_keys(old: BaseModel, new: BaseModel) -> list[str]:
 
     a, b = flat(to_tree(old)), flat(to_tree(new))
     keys = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
-    return [key for key in keys if key.split(".")[0] not in ("compute", "log")]
+    return [key for key in keys if key.split(".")[0] not in NEUTRAL]

@@ -1,4 +1,4 @@
-"""What every section of a recipe is, and the sections of the objectives."""
+"""What every section of a recipe is; the sections of objectives, loss, probe and scores."""
 
 from typing import Annotated, Literal
 
@@ -75,3 +75,50 @@ class A2MIMSection(Section):
 ObjectiveSection = Annotated[
     SparKSection | LocalMIMSection | A2MIMSection, Field(discriminator="name")
 ]
+
+
+class LossSection(Section):
+    """MONAI's Dice + cross-entropy; foreground classes weigh `foreground_weight` in the latter.
+
+    `squared` squares the terms of the Dice's denominator; `smooth` is added to its numerator and
+    denominator.
+    """
+
+    foreground_weight: float = Field(default=1.0, gt=0)
+    dice_weight: float = Field(default=1.0, ge=0)
+    ce_weight: float = Field(default=1.0, ge=0)
+    include_background: bool = False
+    batch_dice: bool = False
+    squared: bool = False
+    smooth: tuple[float, float] = (1e-5, 1e-5)
+
+
+class ProbeSection(Section):
+    """A look at the encoder every `every` steps (0: never) and at the end; training is not touched.
+
+    Figures of the stages (effective rank, deviation) tell a collapse. With `data`, a prepared store
+    of labelled volumes, a linear head is also fitted to the frozen stages, in `steps` steps on
+    `crops` crops of at most `cases` cases, and scored by Dice on as many of others.
+    """
+
+    every: int = Field(default=0, ge=0)
+    data: str = ""
+    cases: int = Field(default=4, ge=1)
+    crops: int = Field(default=8, ge=2, multiple_of=2)
+    steps: int = Field(default=60, ge=1)
+    lr: float = Field(default=0.05, gt=0)
+
+
+class ScoreSection(Section):
+    """What `predict` and `evaluate` take from a run: scored labels (none: all), NSD's tolerance."""
+
+    labels: tuple[int, ...] = ()
+    tolerance_mm: float = Field(default=2.0, gt=0)
+
+
+class ProtocolSection(Section):
+    """The frozen protocol a recipe came from, by name and hash; `smoke`: shortened, no result."""
+
+    name: str
+    sha256: str
+    smoke: bool = False

@@ -11,6 +11,7 @@ from types import MappingProxyType
 import pytest
 
 from spark3d.config import FinetuneRecipe, PretrainRecipe, load_recipe
+from spark3d.protocols import read_protocol
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "spark3d"
@@ -247,13 +248,16 @@ RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_a_recipe_loads_and_opens_with_its_command_and_what_to_expect(file: Path) -> None:
-    kind = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe}[file.parent.name]
-    recipe = load_recipe(kind, file)  # type: ignore[type-var]
+    if (kind := file.parent.name) == "protocols":
+        recipe, command = read_protocol(file.stem).recipe(), f"finetune --protocol {file.stem} "
+    else:
+        section = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe}[kind]
+        recipe, command = load_recipe(section, file), f"{kind} {file.stem} "  # type: ignore
     assert recipe.optim.warmup < recipe.optim.steps
     head = [line for line in file.read_text("utf-8").splitlines() if line.startswith("#")]
-    assert any(f"{file.parent.name} {file.stem} " in line for line in head)
+    assert any(command in line for line in head)
     assert any("Expected" in line for line in head)
 
 
-def test_there_are_recipes_of_both_kinds() -> None:
-    assert {file.parent.name for file in RECIPES} == {"pretrain", "finetune"}
+def test_there_are_recipes_of_all_kinds() -> None:
+    assert {file.parent.name for file in RECIPES} == {"pretrain", "finetune", "protocols"}

@@ -75,7 +75,10 @@ def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
         find_recipe("no_such_recipe", "pretrain")
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda f: f.stem)
+RECIPES = [f for kind in ("finetune", "pretrain") for f in (ROOT / "configs" / kind).glob("*.yaml")]
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES), ids=lambda f: f.stem)
 def test_every_shipped_recipe_loads_and_opens_with_its_command(file: Path) -> None:
     kind = PretrainRecipe if file.parent.name == "pretrain" else FinetuneRecipe
     load_recipe(kind, file)

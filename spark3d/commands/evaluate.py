@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from spark3d.commands.evaluate_pairs import Pair, Pairs, find_pairs, read_pair
+from spark3d.commands.evaluate_pairs import Pair, Pairs, find_pairs, read_pair, read_record
 from spark3d.commands.runs import versions
 from spark3d.data.files import write_atomic
 from spark3d.data.io import read_volume
@@ -19,6 +19,7 @@ from spark3d.errors import ConfigError, EnvironmentProblem
 from spark3d.evaluation.metrics import ABSENT_RULE, score_case
 from spark3d.evaluation.results import FILE, CaseScores, Evaluation
 from spark3d.evaluation.tables import summary_table
+from spark3d.protocols import SMOKE_NOTE
 from spark3d.reports.panels import overlay
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def evaluate_command(
     out: Path,
     name: str | None = None,
     labels: Mapping[int, str] | None = None,
-    tolerance_mm: float = 2.0,
+    tolerance_mm: float | None = None,
     partial: bool = False,
     console: Console | None = None,
 ) -> Evaluation:
@@ -44,7 +45,7 @@ def evaluate_command(
             earlier evaluation there are replaced.
         name: how tables call the run; the predictions' folder if not given.
         labels: label -> organ; those recorded with the predictions or the dataset if not given.
-        tolerance_mm: of the normalised surface Dice.
+        tolerance_mm: of the normalised surface Dice; that of the run's recipe if not given, or 2.
         partial: leave out references without a prediction; they are refused otherwise.
         console: where the table is printed; stdout by default.
 
@@ -52,6 +53,10 @@ def evaluate_command(
         ConfigError: `out` holds something else, a tolerance that makes no sense.
         DataError: files that do not pair, grids that differ, labels that were not declared.
     """
+    record = read_record(predictions)
+    score, protocol = record.get("score") or {}, record.get("protocol") or {}
+    if tolerance_mm is None:
+        tolerance_mm = float(score.get("tolerance_mm", 2.0))
     if not tolerance_mm > 0:
         raise ConfigError(f"tolerance_mm={tolerance_mm} must be above 0; 1 to 3 mm are usual")
     console = console or Console()
@@ -62,15 +67,19 @@ def evaluate_command(
         for pair in pairs.cases:
             reference, prediction = read_pair(pair, pairs.labels)
             scores = score_case(
-                prediction.array[0], reference.array[0], pairs.labels, reference.spacing_mm,
+                prediction.array[0], reference.array[0], pairs.organs, reference.spacing_mm,
                 tolerance_mm,
             )  # fmt: skip
             scored.append(CaseScores(pair.id, {o: asdict(s) for o, s in scores.items()}))
             bar.advance(pair.id)
-    result = Evaluation(name or predictions.resolve().name, pairs.labels, tuple(scored))
+    name = name or predictions.resolve().name
+    if protocol.get("smoke"):
+        name = f"{name} ({SMOKE_NOTE})"
+    result = Evaluation(name, pairs.organs, tuple(scored))
     shown = ranks(result)
     settings = {
         "tolerance_mm": tolerance_mm,
+        "protocol": protocol or None,
         "absent_rule": ABSENT_RULE,
         "grid": "of the reference files",
         "predictions": str(predictions.resolve()),

@@ -39,12 +39,19 @@ class Pairs:
         labels: label -> organ.
         window: darkest and brightest intensity for pictures, None to choose by case.
         unpredicted: references left out for lack of a prediction.
+        scored: labels that the run's recipe scores, none for all.
     """
 
     cases: tuple[Pair, ...]
     labels: dict[int, str]
     window: tuple[float, float] | None
     unpredicted: tuple[str, ...]
+    scored: tuple[int, ...] = ()
+
+    @property
+    def organs(self) -> dict[int, str]:
+        """The labels that are scored."""
+        return {k: name for k, name in self.labels.items() if not self.scored or k in self.scored}
 
 
 def find_pairs(
@@ -58,7 +65,7 @@ def find_pairs(
         DataError: no such folder, no file, cases without a partner (all listed), no labels known.
     """
     predicted = label_files(predictions, "predictions")
-    record = _record(predictions)
+    record = read_record(predictions)
     cases, declared = _references(references)
     known = {c.id: c for c in cases if c.label is not None}
     strange = sorted(predicted.keys() - known.keys())
@@ -88,6 +95,7 @@ def find_pairs(
         dict(labels or _labels(record) or declared or _found(pairs)),
         _window(record),
         tuple(missing),
+        tuple((record.get("score") or {}).get("labels", ())),
     )
 
 
@@ -146,7 +154,12 @@ def _references(folder: Path) -> tuple[list[CaseSource], dict[int, str]]:
     return [CaseSource(id=case, image=file, label=file) for case, file in files.items()], {}
 
 
-def _record(predictions: Path) -> dict[str, Any]:
+def read_record(predictions: Path) -> dict[str, Any]:
+    """What `predict` noted beside its label maps; empty where it did not make them.
+
+    Raises:
+        DataError: it is damaged.
+    """
     file = predictions / PREDICT_FILE
     if not file.is_file():
         return {}

@@ -2,28 +2,42 @@
 
 import logging
 import math
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from spark3d import build
+from spark3d import build, build_finetuning
 from spark3d.commands.labelled import FinetuneInputs, finetune_inputs
 from spark3d.commands.runs import claim_run, finish_run, finished, open_run
-from spark3d.commands.stores import fixed
-from spark3d.config import FinetuneRecipe, find_recipe, load_recipe
-from spark3d.engine.checkpoint import Checkpoints
+from spark3d.commands.stores import existing_folder, fixed, is_store
+from spark3d.config import FinetuneRecipe, find_recipe, resolve
+from spark3d.data.sources import find
+from spark3d.data.splits import few_labels, named_split
+from spark3d.data.store import Store
+from spark3d.data.stream import Sample
+from spark3d.engine.averaging import Average
+from spark3d.engine.checkpoint import Checkpoints, write_atomically
 from spark3d.engine.logging import RunLog, Stopwatch, finite_or_none, set_up_logging, step_progress
-from spark3d.engine.loop import BadLossGuard, rehearse, seed_step, stop_on_signal, take_step
+from spark3d.engine.loop import (
+    BadLossGuard,
+    Losses,
+    rehearse,
+    seed_step,
+    stop_on_signal,
+    take_step,
+)
 from spark3d.engine.optim import set_step
-from spark3d.errors import DataError, Interrupted
+from spark3d.errors import ConfigError, DataError, Interrupted
 from spark3d.evaluation.metrics import dice_per_label
 from spark3d.evaluation.windows import WindowPlan, predict_labels
-from spark3d.weights.exchange import LoadReport
+from spark3d.protocols import SMOKE_NOTE, own_recipe, read_protocol
 from spark3d.weights.segmenters import load_model, save_model
 
 log = logging.getLogger(__name__)
@@ -44,6 +58,8 @@ def finetune_command(
     recipe: str | None = None,
     overrides: tuple[str, ...] = (),
     allow_overlap: bool = False,
+    protocol: str | None = None,
+    smoke: bool = False,
 ) -> Finetuned:
     """Fine-tune a segmentation network, from encoder weights or from scratch; resume its run.
 
@@ -55,28 +71,65 @@ def finetune_command(
         overrides: `section.key=value`.
         allow_overlap: go on although held-out volumes were seen in training or pre-training; the
             run's record and the report say so.
+        protocol: name of a frozen protocol, in place of a recipe.
+        smoke: shorten the protocol to a few steps on coarse data; marked everywhere as no result.
     """
-    path = find_recipe(recipe or "segresnet_3d", "finetune")
-    asked = load_recipe(FinetuneRecipe, path, overrides)
+    asked = asked_recipe(recipe, protocol, overrides, smoke, data)
     fabric = build.fabric(asked.compute, asked.optim.precision)
     set_up_logging(fabric.global_rank)
     with claim_run(out, "finetune", fabric):
         inputs = finetune_inputs(asked, data, out, encoder, fabric, allow_overlap)
+        if protocol is not None:
+            read_protocol(protocol).check_labels(inputs.labels)
         for line in inputs.notes:
             log.info("  %s", line)
         torch.manual_seed(inputs.recipe.seed)
-        network, report = build.segmenter(
+        segmenter = build_finetuning.segmenter(
             inputs.recipe, inputs.classes, inputs.weights, inputs.first_crops
         )
-        if report is not None:
-            log.info("%s", report)
+        if segmenter.report is not None:
+            log.info("%s", segmenter.report)
+        network = segmenter.network
         crops = torch.zeros(2, inputs.recipe.model.in_channels, *inputs.crop)
         rehearse(network, lambda: network(crops), inputs.recipe.model.backbone)
         open_run(out, "finetune", inputs.recipe, inputs.identity(), data, fabric)
+        if smoke and fabric.is_global_zero:
+            write_atomically(out / "SMOKE.txt", f"{protocol}: {SMOKE_NOTE}\n".encode())
         if (done := finished_earlier(out)) is not None:
             log.info("finished already: %s", done.model)
             return done
-        return run_finetuning(fabric, network, report, inputs, out)
+        return run_finetuning(fabric, segmenter, inputs, out)
+
+
+def asked_recipe(
+    recipe: str | None, protocol: str | None, overrides: tuple[str, ...], smoke: bool, data: Path
+) -> FinetuneRecipe:
+    """The recipe as asked for, by name or by protocol, whose data must be there.
+
+    Raises:
+        ConfigError: no such recipe or protocol, both, or an override that the protocol refuses.
+        DataError: cases that the protocol needs are missing.
+    """
+    if protocol is None:
+        if smoke:
+            raise ConfigError("--smoke shortens a protocol; give --protocol NAME with it")
+        return own_recipe(find_recipe(recipe or "segresnet_3d", "finetune"), overrides)
+    if recipe is not None:
+        raise ConfigError(f"give either the recipe {recipe} or --protocol {protocol}, not both")
+    chosen = read_protocol(protocol)
+    asked = chosen.recipe(overrides, smoke)
+    existing_folder(data, "give a prepared store or a folder of volumes")
+    named = named_split(asked.split.name) if asked.split.use == "named" else None
+    ids = (*named.train, *named.validation) if named else ()
+    if named and asked.split.labels is not None:
+        few_labels(named.train, asked.split.labels)  # refuses too many before data are prepared
+    if is_store(data):
+        store = Store.open(data)
+        chosen.check_cases({r.id: r.section for r in store.cases if r.has_label}, ids, data)
+        return resolve(asked, {"data.spacing_mm": store.spacing_mm}) if smoke else asked
+    found = find(data).cases
+    chosen.check_cases({c.id: c.section for c in found if c.label is not None}, ids, data)
+    return asked
 
 
 def finished_earlier(out: Path) -> Finetuned | None:
@@ -102,22 +155,25 @@ def finished_earlier(out: Path) -> Finetuned | None:
 
 def run_finetuning(
     fabric: Fabric,
-    network: nn.Module,
-    report: LoadReport | None,
+    segmenter: build_finetuning.Segmenter,
     inputs: FinetuneInputs,
     out: Path,
 ) -> Finetuned:
     """The loop, from the last checkpoint (or the start) to the saved model and its validation."""
-    recipe, optim = inputs.recipe, inputs.recipe.optim
-    loss = build.segmentation_loss(recipe.loss, inputs.classes).to(fabric.device)
-    pretrained = build.encoder_parameters(network, report)
-    module, optimizer = build.set_up(fabric, network, optim, pretrained)
+    recipe, optim, network = inputs.recipe, inputs.recipe.optim, segmenter.network
+    loss = build.segmentation_loss(recipe.loss, inputs.classes, recipe.model.deep_supervision)
+    loss = loss.to(fabric.device)
+    module, optimizer = build_finetuning.set_up(fabric, segmenter, optim)
+    average = Average(network, optim.ema, warmup=True) if optim.ema else None
+    result_network = average.network if average else network
 
     checkpoints = Checkpoints(out / "checkpoints", recipe.compute.keep_checkpoints)
     done = 0
     if state := checkpoints.latest():
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
+        if average:
+            average.network.load_state_dict(state["average"])
         done = state["step"]
         log.info("resuming %s after step %d of %d", out, done, optim.steps)
     steps = inputs.batches(done, fabric.global_rank, fabric.world_size)
@@ -129,6 +185,8 @@ def run_finetuning(
     def save(step: int) -> None:
         if fabric.is_global_zero:
             state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+            if average:
+                state["average"] = average.network.state_dict()
             checkpoints.save(step, state)
 
     with (
@@ -138,18 +196,16 @@ def run_finetuning(
     ):
         for step, batch in enumerate(steps, start=done + 1):
             seed_step(recipe.seed, step, fabric.global_rank)
-            crops = batch["crop"].to(fabric.device, non_blocking=True)
-            labels = batch["label"].to(fabric.device, non_blocking=True)
             lr, decay = build.step_settings(optim, step - 1)
-            set_step(optimizer, lr, decay)
+            frozen = step <= optim.freeze_steps
+            set_step(optimizer, lr, decay, frozen)
+            segmenter.ready(frozen)
 
-            def losses(
-                crops: torch.Tensor = crops, labels: torch.Tensor = labels
-            ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-                return loss(module(crops), labels), {}
+            micro = shares(batch, optim.accumulate, lambda c, t: loss(module(c), t), fabric)
+            result = take_step(fabric, optimizer, module, micro, optim.clip)
 
-            result = take_step(fabric, optimizer, module, losses, optim.clip)
-
+            if average and not result.skipped:
+                average.update(network, step)
             numbers = batch["number"].tolist()
             if result.skipped:
                 log.warning("step %d skipped: loss %s on samples %s", step, result.loss, numbers)
@@ -166,8 +222,8 @@ def run_finetuning(
             last, stop = step == optim.steps, asked_to_stop.on_any_rank(fabric)
             every = recipe.log.validate_every
             if last or (every and step % every == 0):
-                validation = validate(network, inputs, fabric)
-                run_log.write("val", step, summary(validation, inputs.labels))
+                validation = validate(result_network, inputs, fabric)
+                run_log.write("val", step, summary(validation, inputs.scored))
                 clock.lap()
             if (step % recipe.compute.checkpoint_every == 0 and not result.skipped) or last or stop:
                 save(step)
@@ -176,19 +232,40 @@ def run_finetuning(
                 raise Interrupted(f"stopped after step {step}; the same command goes on from there")
 
     if done == optim.steps:  # killed between the last checkpoint and the end
-        validation = validate(network, inputs, fabric)
+        validation = validate(result_network, inputs, fabric)
     target = out / "model.safetensors"
     if fabric.is_global_zero:
-        save_model(target, network.state_dict(), inputs.card())
+        save_model(target, result_network.state_dict(), inputs.card())
         scores = {
             case: {label: finite_or_none(dice) for label, dice in row.items()}
             for case, row in validation.items()
         }
-        headline = summary(validation, inputs.labels)
+        headline: dict[str, Any] = summary(validation, inputs.scored)
+        if recipe.protocol is not None and recipe.protocol.smoke:
+            headline = {"smoke": SMOKE_NOTE, **headline}
         finish_run(out, total.lap(), headline, {"model": target.name, "validation": scores})
         log.info("model: %s", target)
     fabric.barrier()
     return Finetuned(target, validation)
+
+
+def shares(
+    batch: Sample,
+    count: int,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    fabric: Fabric,
+) -> list[Losses]:
+    """The loss of each of `count` equal shares of a batch, as `take_step` wants them."""
+
+    def one(crops: torch.Tensor, labels: torch.Tensor) -> Losses:
+        def forward() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            there = [t.to(fabric.device, non_blocking=True) for t in (crops, labels)]
+            return loss(*there), {}
+
+        return forward
+
+    parts = zip(batch["crop"].chunk(count), batch["label"].chunk(count), strict=True)
+    return [one(crops, labels) for crops, labels in parts]
 
 
 def validate(
@@ -204,10 +281,11 @@ def validate(
         amp_dtype=torch.bfloat16 if recipe.optim.precision == "bf16-mixed" else None,
     )
     scores = {}
+    scored = sorted(inputs.scored)
     for case in inputs.validation:
         volume, reference = inputs.whole(case)
         predicted = predict_labels(network, volume, plan)
-        scores[case] = dice_per_label(predicted.numpy(), reference, sorted(inputs.labels))
+        scores[case] = dice_per_label(predicted.numpy(), reference, scored)
     return scores
 
 

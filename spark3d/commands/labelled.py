@@ -67,6 +67,12 @@ class FinetuneInputs:
         return max(self.labels) + 1
 
     @property
+    def scored(self) -> dict[int, str]:
+        """The labels that the recipe scores."""
+        chosen = self.recipe.score.labels
+        return {k: name for k, name in self.labels.items() if not chosen or k in chosen}
+
+    @property
     def crop(self) -> tuple[int, ...]:
         """Voxels per axis."""
         return build.sizes(fixed(self.recipe.data.crop), self.recipe.dims, "data.crop")
@@ -99,15 +105,10 @@ class FinetuneInputs:
 
     def card(self) -> ModelCard:
         """What travels with the fine-tuned model."""
-        model, data = self.recipe.model, self.recipe.data
+        data = self.recipe.data
         seen = self.weights[1] if self.weights else None
         return ModelCard(
-            backbone={
-                "name": model.backbone,
-                "ndim": self.recipe.dims,
-                "in_channels": model.in_channels,
-                "options": dict(model.options),
-            },
+            backbone=build.network_kind(self.recipe),
             out_channels=self.classes,
             labels={str(number): name for number, name in self.labels.items()},
             spacing_mm=self.store.spacing_mm,
@@ -168,7 +169,9 @@ def plan_finetuning(
     """Replace what is still `auto`; crops are whole multiples of the network's stride `unit`."""
     plan = suggest_plan(train, store.spacing_mm, unit)
     changes, reasons = planned(recipe.data, plan)
-    changes["optim.batch"] = shared_batch(recipe.optim.batch, plan.batch, world)
+    changes["optim.batch"] = shared_batch(
+        recipe.optim.batch, plan.batch, world, recipe.optim.accumulate
+    )
     resolved = resolve(recipe, {"data.spacing_mm": store.spacing_mm, **changes})
     crop = build.sizes(fixed(resolved.data.crop), resolved.dims, "data.crop")
     check_crop(crop, unit, "data.crop", "the network's stride ")

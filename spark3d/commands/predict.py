@@ -62,7 +62,7 @@ def predict_command(
     model: Path,
     data: Path,
     out: Path,
-    overlap: float = 0.5,
+    overlap: float | None = None,
     flips: Sequence[int] = (),
     skip_empty: bool = False,
     batch: int = 1,
@@ -80,6 +80,7 @@ def predict_command(
         model: run folder of a fine-tuning, or its `model.safetensors`.
         data: folder of volumes in any known layout, or one file.
         out: gets `<case>.nii.gz` and `predict.json`.
+        overlap: of neighbouring windows; that of the model's recipe if not given.
         batch: windows per forward pass.
         device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1", ...
         section: only the cases of one section of a dataset, such as "validation".
@@ -92,11 +93,13 @@ def predict_command(
         DataError: no volume, or volumes that could not be segmented (after all others were).
         EnvironmentProblem: no such device, no right to write.
     """
+    console = console or Console(stderr=True)
+    segmenter = load_segmenter(model)
+    if overlap is None:
+        overlap = float(segmenter.card.recipe.get("window_overlap", 0.5))
     settings = PredictSettings(
         overlap, tuple(flips), skip_empty, amp, max_class_map_gib, geometry, nan_fill
     )
-    console = console or Console(stderr=True)
-    segmenter = load_segmenter(model)
     plan = window_plan(segmenter, settings, batch)
     segmenter.network.to(chosen_device(device))
     cases = cases_of(data, section)

@@ -42,6 +42,8 @@ class Ledger:
             "settings": json.loads(json.dumps(settings)),
             "labels": {str(k): name for k, name in segmenter.labels.items()},
             "window": asdict(segmenter.window),
+            "protocol": segmenter.card.recipe.get("protocol"),
+            "score": segmenter.card.recipe.get("score", {}),
             "versions": versions(),
             "cases": {},
         }

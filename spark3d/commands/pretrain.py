@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spark3d import build
 from spark3d.commands.inputs import PretrainInputs, pretrain_inputs
+from spark3d.commands.probing import Probe, open_probe
 from spark3d.commands.runs import claim_run, finish_run, finished, open_run
 from spark3d.commands.start import read_start
 from spark3d.commands.stores import fixed
@@ -64,6 +65,7 @@ def pretrain_command(
         inputs = pretrain_inputs(asked, data, out, exclude, fabric)
         for line in inputs.notes:
             log.info("  %s", line)
+        probe = open_probe(inputs)
         objective = build_objective(inputs.recipe, fabric)
         identity = {"data": inputs.identity}
         if start is not None:
@@ -76,9 +78,9 @@ def pretrain_command(
             log.info("finished already: %s", done)
             return done
         passport = inputs.passport()
-        return run_pretraining(
-            fabric, objective, inputs, out, start.extend(passport) if start else passport
-        )
+        if start is not None:
+            passport = start.extend(passport)
+        return run_pretraining(fabric, objective, inputs, out, passport, probe)
 
 
 def asked_recipe(
@@ -125,7 +127,12 @@ def intact(path: Path) -> Path | None:
 
 
 def run_pretraining(
-    fabric: Fabric, objective: Objective, inputs: PretrainInputs, out: Path, passport: Passport
+    fabric: Fabric,
+    objective: Objective,
+    inputs: PretrainInputs,
+    out: Path,
+    passport: Passport,
+    probe: Probe,
 ) -> Path:
     """The loop, from the last checkpoint (or the start) to the exported encoder."""
     recipe = inputs.recipe
@@ -185,6 +192,9 @@ def run_pretraining(
             last, stop = step == optim.steps, asked_to_stop.on_any_rank(fabric)
             if fabric.is_global_zero and (step == 1 or step % recipe.log.panels_every == 0 or last):
                 draw_panel(objective, batch, inputs, out / "panels" / f"step_{step:06d}.png")
+            if fabric.is_global_zero and probe.due(step, last):
+                run_log.write("probe", step, probe.look(objective, crops))
+                clock.lap()
             if (step % recipe.compute.checkpoint_every == 0 and not result.skipped) or last or stop:
                 save(step)
             bar.advance(f"loss {result.loss:.4f}")

@@ -3,18 +3,26 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from spark3d.config import read_yaml
 from spark3d.engine.logging import read_metrics
 from spark3d.errors import DataError
+from spark3d.protocols import SMOKE_NOTE
 from spark3d.reports.curves import Curve, line_chart
 from spark3d.reports.html import Chart, RunCard, picture, spaced
 
 MOST_PANELS = 8
 KINDS = {"pretrain": "pre-training", "finetune": "fine-tuning"}
+
+
+CURVES = (
+    ("train", "loss", "loss"),
+    ("probe", "dice", "Dice of a linear probe"),
+    ("val", "dice", "validation Dice"),
+)
 
 
 @dataclass(frozen=True)
@@ -82,13 +90,29 @@ def run_curves(runs: Sequence[Run], colours: Mapping[str, int]) -> list[Chart]:
     charts = []
     for kind, title in KINDS.items():
         chosen = [r for r in runs if r.kind == kind]
-        for line, value, name in (("train", "loss", "loss"), ("val", "dice", "validation Dice")):
+        for line, value, name in CURVES:
             curves = [c for r in chosen if (c := _curve(r, line, value, colours)) is not None]
             if curves:
                 legend = tuple((c.name, c.colour) for c in curves)
                 svg = line_chart(curves, name, smooth=line == "train")
                 charts.append(Chart(f"{title.capitalize()}: {name}", svg, legend))
-    return charts
+    return charts + [chart for run in runs if (chart := _ranks(run)) is not None]
+
+
+def _ranks(run: Run) -> Chart | None:
+    """Effective rank of every stage of a pre-trained encoder; near 1 it has collapsed."""
+    names = sorted({k for m in run.metrics for k in m if k.startswith("rank ")})
+    stages = {f"stage {name.removeprefix('rank ')}": i for i, name in enumerate(names)}
+    curves = [
+        replace(curve, name=stage, colour=i)
+        for (stage, i), name in zip(stages.items(), names, strict=True)
+        if (curve := _curve(run, "probe", name, {run.name: i})) is not None
+    ]
+    if not curves:
+        return None
+    legend = tuple((c.name, c.colour) for c in curves)
+    svg = line_chart(curves, "effective rank", smooth=False)
+    return Chart(f"{run.name}: effective rank of the stages", svg, legend)
 
 
 def duration(seconds: float) -> str:
@@ -124,6 +148,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     data = _section(recipe, "data")
     summary = record.get("summary", {})
     return [
+        ("Protocol", _protocol(_section(recipe, "protocol"))),
         ("Network", str(_section(recipe, "model").get("backbone", ""))),
         ("Masking", _masking(_section(recipe, "mask"))),
         ("Started from", _start(run)),
@@ -168,6 +193,13 @@ def _seen(overlap: Mapping[str, Any]) -> str:
 def _allowed(overlap: Mapping[str, Any]) -> str:
     told = overlap.get("allowed")
     return f"{'; '.join(told)}. Scores are not those of unseen cases." if told else ""
+
+
+def _protocol(section: Mapping[str, Any]) -> str:
+    if not section:
+        return ""
+    smoke = f". {SMOKE_NOTE.capitalize()}" if section.get("smoke") else ""
+    return f"{section['name']} ({str(section['sha256'])[:12]}){smoke}"
 
 
 def _masking(mask: Mapping[str, Any]) -> str:

@@ -132,14 +132,22 @@ def check_crop(
         )
 
 
-def shared_batch(asked: int | Literal["auto"], planned: int, world: int) -> int:
+def shared_batch(
+    asked: int | Literal["auto"], planned: int, world: int, accumulate: int = 1
+) -> int:
     """The global batch: as asked, else as planned, which is rounded up for `world` ranks to share.
 
     Raises:
-        ConfigError: the recipe's own batch cannot be shared.
+        ConfigError: the recipe's own batch cannot be shared, or divided by `accumulate`.
     """
+    unit = world * accumulate
     if asked == "auto":
-        return -(-planned // world) * world
+        return -(-planned // unit) * unit
+    if asked % world == 0 and asked % unit:
+        raise ConfigError(
+            f"optim.batch={asked} over {world} ranks cannot be divided by optim.accumulate="
+            f"{accumulate}; the nearest batch that can is {max(1, round(asked / unit)) * unit}"
+        )
     if asked % world:
         raise ConfigError(
             f"optim.batch={asked} is the batch over all {world} ranks, which cannot share it; the "
@@ -166,6 +174,7 @@ def volume_crops(
         augment=build.augment(data.augment, store.spacing_mm),
         labelled=labelled,
         cache=recipe.compute.cache,
+        crops_per_case=data.crops_per_case,
     )
 
 

@@ -118,24 +118,56 @@ class Flips:
 
 
 @dataclass(frozen=True)
+class Turns:
+    """Random quarter turns in the plane of the first two axes, as MONAI's `RandRotate90`.
+
+    Attributes:
+        probability: Of a turn, by one, two or three quarters.
+    """
+
+    probability: float = 0.0
+
+    def __call__(
+        self, crop: Tensor, label: Tensor | None, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor | None]:
+        """Turn `(c, *size)` and `(*size)`; nothing is drawn where the probability is 0.
+
+        Raises:
+            ConfigError: The crop has sides of two lengths in that plane.
+        """
+        if not self.probability:
+            return crop, label
+        happens, quarters = rng.random() < self.probability, int(rng.integers(1, 4))
+        if crop.shape[1] != crop.shape[2]:
+            raise ConfigError(
+                f"augmentation: quarter turns need crops with equal first sides, not "
+                f"{tuple(crop.shape[1:])}; set data.augment.rot90=0"
+            )
+        if not happens:
+            return crop, label
+        turned = None if label is None else torch.rot90(label, quarters, (0, 1))
+        return torch.rot90(crop, quarters, (1, 2)), turned
+
+
+@dataclass(frozen=True)
 class Intensity:
     """Random brightness, contrast and noise, in the network's range.
 
     Attributes:
-        probability: Of each of the three.
+        probability: Of each of the three, or one for each: scale, shift, noise.
         scale: Contrast factor within `1 - scale .. 1 + scale`; leaves air at 0.
         shift: Offset within `-shift .. shift`; moves air too.
         noise: Highest standard deviation of Gaussian noise.
     """
 
-    probability: float = 0.5
+    probability: float | tuple[float, float, float] = 0.5
     scale: float = 0.1
     shift: float = 0.0
     noise: float = 0.0
 
     def __call__(self, crop: Tensor, rng: np.random.Generator) -> Tensor:
         """Return a changed copy, or the crop itself if nothing was drawn."""
-        happens = rng.random(3) < self.probability
+        happens = rng.random(3) < np.asarray(self.probability)
         scale, shift, sigma = rng.random(3) * (2, 2, 1) - (1, 1, 0)
         if happens[0] and self.scale:
             crop = crop * (1 + self.scale * float(scale))
@@ -156,6 +188,7 @@ class Augment:
     )
     flips: Flips = field(default_factory=Flips)
     intensity: Intensity = field(default_factory=Intensity)
+    turns: Turns = field(default_factory=Turns)
 
     def read_size(self, crop: Sequence[int]) -> tuple[int, ...]:
         """Voxels per axis to read so that `crop` remains."""
@@ -168,6 +201,7 @@ class Augment:
         matrix = self.affine.draw(len(size), rng)
         crop, label = resample_crop(crop, label, matrix, size)
         crop, label = self.flips(crop, label, rng)
+        crop, label = self.turns(crop, label, rng)
         return self.intensity(crop, rng), label
 
 

@@ -42,6 +42,7 @@ class VolumeCrops(Numbered):
         labelled: Read labels too.
         cache: Keep decoded volumes in memory, read at once and shared by forked workers.
         cache_bytes: Budget of the cache; cases beyond it are read from the source each time.
+        crops_per_case: Consecutive samples from one case before the next is visited.
 
     Attributes:
         padded: Cases smaller than the crop along some axis, which get padded.
@@ -64,8 +65,10 @@ class VolumeCrops(Numbered):
         labelled: bool = False,
         cache: bool = False,
         cache_bytes: int = CACHE_BYTES,
+        crops_per_case: int = 1,
     ) -> None:
         super().__init__(len(ids), seed)
+        self.crops_per_case = crops_per_case
         if not ids or len(set(ids)) != len(ids):
             raise ConfigError(
                 f"a stream of crops needs at least one case and none twice, got {ids}"
@@ -96,6 +99,9 @@ class VolumeCrops(Numbered):
     @property
     def cached(self) -> int:
         return len(self._cache)
+
+    def entry(self, number: int) -> int:
+        return super().entry(number // self.crops_per_case)
 
     def name(self, number: int) -> str:
         return self.ids[self.entry(number)]

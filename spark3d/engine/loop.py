@@ -3,7 +3,7 @@
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spark3d.errors import ConfigError, DataError, EnvironmentProblem
+
+Losses = Callable[[], tuple[Tensor, Mapping[str, Tensor]]]
 
 
 class NotFinite(DataError):
@@ -64,10 +66,13 @@ def take_step(
     fabric: Fabric,
     optimizer: Optimizer,
     module: nn.Module,
-    losses: Callable[[], tuple[Tensor, Mapping[str, Tensor]]],
+    losses: Losses | Sequence[Losses],
     clip: float,
 ) -> StepResult:
     """Forward, backward, clip, update.
+
+    Several `losses` are micro-batches of one size: their gradients are averaged before the update.
+    Groups that `set_step` froze get none, so they neither move nor count in the clipping.
 
     A loss or gradient norm that is not finite on any rank skips the update on all of them, and
     buffers (running statistics) go back to what they were before the forward pass.
@@ -76,7 +81,8 @@ def take_step(
         fabric: devices and precision.
         optimizer: set up by `fabric`.
         module: set up by `fabric`; its gradients are clipped.
-        losses: runs the forward pass and returns (total, parts to log).
+        losses: runs the forward pass and returns (total, parts to log); or one such for each
+            micro-batch.
         clip: largest global L2 norm of the gradient.
 
     Raises:
@@ -84,14 +90,21 @@ def take_step(
     """
     optimizer.zero_grad(set_to_none=True)
     before = [buffer.detach().clone() for buffer in module.buffers()]
+    micro = losses if isinstance(losses, Sequence) else (losses,)
+    values, names = torch.zeros(1, device=fabric.device), ()
     try:
-        total, parts = losses()
-        fabric.backward(total)
+        for place, forward in enumerate(micro, start=1):
+            with fabric.no_backward_sync(module, enabled=place < len(micro)):  # type: ignore[arg-type]
+                total, parts = forward()
+                fabric.backward(total / len(micro))
+            names = tuple(parts)
+            told = [v.detach().float().to(fabric.device) for v in (total, *parts.values())]
+            values = values + torch.stack(told) / len(micro)
     except torch.OutOfMemoryError as error:
         raise EnvironmentProblem(_out_of_memory(fabric.device, error)) from None
+    _leave_frozen(optimizer)
     norm = fabric.clip_gradients(module, optimizer, max_norm=clip, error_if_nonfinite=False)
     assert norm is not None
-    values = torch.stack([v.detach().float().to(total.device) for v in (total, *parts.values())])
     if fabric.world_size > 1:
         values = cast(Tensor, fabric.all_reduce(values, reduce_op="mean"))
     loss, *shares = values.tolist()
@@ -103,7 +116,15 @@ def take_step(
                 buffer.copy_(value)
     else:
         optimizer.step()
-    return StepResult(loss, grad_norm, dict(zip(parts, shares, strict=True)), skipped)
+    return StepResult(loss, grad_norm, dict(zip(names, shares, strict=True)), skipped)
+
+
+def _leave_frozen(optimizer: Optimizer) -> None:
+    """Drop the gradients of frozen groups; those without one are skipped by every optimiser."""
+    for group in optimizer.param_groups:
+        if group.get("frozen", False):
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 def rehearse(module: nn.Module, forward: Callable[[], object], name: str) -> None:

@@ -1,6 +1,6 @@
 """Optimisers and their parameter groups."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -15,6 +15,33 @@ def has_decay(name: str, parameter: nn.Parameter) -> bool:
     """True for what decays: no 1-D tensors, biases, mask tokens or layer scales."""
     last = name.rsplit(".", 1)[-1]
     return parameter.ndim > 1 and last not in ("bias", "token", "gamma")
+
+
+def rated_groups(module: nn.Module, rates: Mapping[str, float]) -> list[dict]:
+    """Groups by (decay or not) x rate, for a network some of whose parameters are pre-trained.
+
+    Args:
+        module: network.
+        rates: learning rate of every pre-trained parameter relative to the rest, by name.
+
+    Returns:
+        As `parameter_groups`; `pretrained` marks what `set_step` can freeze.
+    """
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            key = (has_decay(name, parameter), name in rates, rates.get(name, 1.0))
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr_ratio": rate,
+            "decay": float(decays),
+            "weight_decay": 0.0,
+            "pretrained": pretrained,
+        }
+        for (decays, pretrained, rate), parameters in sorted(groups.items(), key=lambda i: i[0])
+    ]
 
 
 def parameter_groups(
@@ -63,8 +90,12 @@ def build_optimizer(
     return Lamb(groups, lr=lr, betas=betas, eps=1e-6, max_grad_norm=None)
 
 
-def set_step(optimizer: Optimizer, lr: float, decay: float) -> None:
-    """Write this step's learning rate and weight decay into every group."""
+def set_step(optimizer: Optimizer, lr: float, decay: float, frozen: bool = False) -> None:
+    """Write this step's learning rate and weight decay into every group.
+
+    `frozen` holds the groups that are marked as pretrained: `take_step` leaves them alone.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_ratio"]
         group["weight_decay"] = decay * group["decay"]
+        group["frozen"] = frozen and group.get("pretrained", False)

@@ -55,6 +55,7 @@ class Backbone:
         ndim: Number of spatial axes.
         in_channels: Channels of the input.
         encoder_keys: State-dict keys that are used to compute the stages.
+        depths: Of every key, how many stages are there before it is used.
         options: What the network was built with, for the passport.
         segments: The network is a segmentation network with its own decoder.
     """
@@ -67,6 +68,7 @@ class Backbone:
     ndim: int
     in_channels: int
     encoder_keys: tuple[str, ...]
+    depths: tuple[int, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     segments: bool = False
 
@@ -114,6 +116,7 @@ def build_backbone(
         ndim=ndim,
         in_channels=in_channels,
         encoder_keys=found.encoder_keys,
+        depths=found.depths,
         options=dict(options) if stages is None else {**options, "stages": list(chosen)},
         segments=isinstance(network, SegResNet | DynUNet | MedNeXt) or name == "nnunet/resenc",
     )

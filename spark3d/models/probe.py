@@ -22,11 +22,16 @@ PROBE_SIZE = 128  # voxels per axis: a multiple of every usual total stride; cos
 
 @dataclass(frozen=True)
 class Probe:
-    """Channels and strides of every stage, and the state-dict keys that they depend on."""
+    """Channels and strides of every stage, and the state-dict keys that they depend on.
+
+    `depths` says of every key how many stages were there when it was first used: 0 for those of the
+    stem and the finest stage.
+    """
 
     channels: tuple[int, ...]
     strides: tuple[tuple[int, ...], ...]
     encoder_keys: tuple[str, ...]
+    depths: tuple[int, ...]
 
 
 def probe(
@@ -48,18 +53,20 @@ def probe(
         ConfigError: A stage does not exist or does not run, its size does not divide the crop, or
             the network takes inputs of one size only.
     """
-    maps, inputs = _trace(network, stages, ndim, in_channels)
+    maps, inputs, reached = _trace(network, stages, ndim, in_channels)
     lost = [name for name in stages if name not in maps]
     if lost:
         raise ConfigError(f"stages {lost} are never run by {type(network).__name__}")
-    keys = tuple(
-        f"{prefix}.{name}" if prefix else name
+    depths = {
+        f"{prefix}.{name}" if prefix else name: reached[id(module)]
         for prefix, module in network.named_modules()
         if id(module) in inputs
         for name in _own_keys(module)
-    )
+    }
     strides = tuple(_strides(name, maps[name], ndim) for name in stages)
-    return Probe(tuple(maps[name][1] for name in stages), strides, keys)
+    return Probe(
+        tuple(maps[name][1] for name in stages), strides, tuple(depths), tuple(depths.values())
+    )
 
 
 def probe_input(
@@ -71,7 +78,7 @@ def probe_input(
         ConfigError: It does not exist, does not run before the last stage, or takes no map.
     """
     _check_names(dict(network.named_modules()), [name])
-    _, inputs = _trace(network, stages, ndim, in_channels)
+    _, inputs, _ = _trace(network, stages, ndim, in_channels)
     shape = inputs.get(id(network.get_submodule(name)))
     if shape is None:
         raise ConfigError(f"{name} is not run before the stage {stages[-1]}, or takes no map")
@@ -80,18 +87,20 @@ def probe_input(
 
 def _trace(
     network: nn.Module, stages: Sequence[str], ndim: int, in_channels: int | None
-) -> tuple[dict[str, Shape], dict[int, Shape | None]]:
-    """Shapes of the stages; shapes of the inputs of all modules that ran, by their `id`."""
+) -> tuple[dict[str, Shape], dict[int, Shape | None], dict[int, int]]:
+    """Shapes of the stages; input's shape, and stages there before, of all that ran, by `id`."""
     modules = dict(network.named_modules())
     _check_names(modules, stages)
     channels = in_channels or _first_convolution(network).in_channels
     shape = (1, channels, *(PROBE_SIZE,) * ndim)
     maps: dict[str, Shape] = {}
     inputs: dict[int, Shape | None] = {}
+    reached: dict[int, int] = {}
 
     def enter(module: nn.Module, args: tuple[object, ...]) -> None:
         first = args[0] if args else None
         inputs.setdefault(id(module), tuple(first.shape) if isinstance(first, Tensor) else None)
+        reached.setdefault(id(module), len(maps))
 
     def leave(name: str, output: object) -> None:
         if not isinstance(output, Tensor):
@@ -113,7 +122,7 @@ def _trace(
             image = torch.empty(shape, device="meta", dtype=dtype)
             torch.func.functional_call(network, blank, (image,), tie_weights=False)
     except _Complete:
-        return maps, inputs
+        return maps, inputs, reached
     except ConfigError:
         raise
     except (AssertionError, RuntimeError, ValueError) as error:
@@ -125,7 +134,7 @@ def _trace(
             handle.remove()
         for module, training in modes.items():
             module.training = training
-    return maps, inputs
+    return maps, inputs, reached
 
 
 def _blank(network: nn.Module) -> dict[str, Tensor]:

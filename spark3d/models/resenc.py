@@ -63,10 +63,13 @@ def residual_encoder_unet(
         n_stages=len(features),
         features_per_stage=tuple(features),
         conv_op=CONVOLUTIONS[ndim],
-        kernel_sizes=kernel_size,
-        strides=tuple(strides),
+        kernel_sizes=kernel_size,  # type: ignore[arg-type]
+        strides=tuple(strides),  # type: ignore[arg-type]
         n_blocks_per_stage=tuple(blocks),
         num_classes=out_channels,
         **given,
     )
+    if not given.get("deep_supervision", False):
+        for idle in network.decoder.seg_layers[:-1]:  # heads that only deep supervision uses
+            idle.requires_grad_(False)
     return network, tuple(f"encoder.stages.{i}" for i in range(len(features)))

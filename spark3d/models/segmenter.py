@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from jaxtyping import Float
 from monai.networks.blocks.dynunet_block import UnetOutBlock, UnetResBlock
 from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrUpBlock
 from monai.networks.layers.factories import Conv
+from monai.networks.nets.flexible_unet import SegmentationHead, UNetDecoder
 from torch import Tensor, nn
 
 from spark3d.errors import ConfigError
@@ -15,6 +17,9 @@ from spark3d.models.backbones import Backbone
 from spark3d.models.geometry import plan_climb
 
 MOST_CHANNELS = {1: 512, 2: 512, 3: 320}
+SUPERVISED = 3
+"""Coarser resolutions with logits of their own under deep supervision."""
+FLEXIBLE_CHANNELS = (256, 128, 64, 32, 16)
 
 
 class _Complete(Exception):
@@ -28,20 +33,26 @@ class PyramidSegmenter(nn.Module):
     in 3D and 512 in 2D. The skip at full resolution comes from the crop itself, as in UNETR; at
     resolutions between that have no stage the map is only up-sampled.
 
+    In training with `deep_supervision` it returns logits of several resolutions, fine to coarse.
+
     Attributes:
         encoder: The backbone's network, under its own keys; parameters that its stages do not
             depend on are frozen.
     """
 
-    def __init__(self, backbone: Backbone, out_channels: int, feature_size: int = 16) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        out_channels: int,
+        feature_size: int = 16,
+        deep_supervision: bool = False,
+    ) -> None:
         super().__init__()
         ndim = backbone.ndim
         climb = plan_climb(backbone.strides, (1,) * ndim)
         steps = len(climb.factors)
         wide = [min(feature_size << (steps - k), MOST_CHANNELS[ndim]) for k in range(steps + 1)]
-        self.encoder = backbone.network
-        for name, parameter in self.encoder.named_parameters():
-            parameter.requires_grad_(name in backbone.encoder_keys)
+        self.encoder = _only_encoder(backbone)
         self.stages = backbone.stages
         self.stage_at = {level: stage for stage, level in enumerate(climb.level)}
         conv = Conv[Conv.CONV, ndim]
@@ -64,12 +75,19 @@ class PyramidSegmenter(nn.Module):
                     ndim, backbone.in_channels, wide[k + 1], 3, 1, norm_name=norm, res_block=True
                 )
         self.head = UnetOutBlock(ndim, wide[-1], out_channels)
+        coarse = range(max(1, steps - SUPERVISED), steps) if deep_supervision else ()
+        self.side_heads = nn.ModuleDict(
+            {str(k): UnetOutBlock(ndim, wide[k], out_channels) for k in coarse}
+        )
 
-    def forward(self, crops: Float[Tensor, "b c *size"]) -> Float[Tensor, "b k *size"]:
+    def forward(
+        self, crops: Float[Tensor, "b c *size"]
+    ) -> Float[Tensor, "b k *size"] | tuple[Tensor, ...]:
         """Logits of every class at every voxel."""
         maps = stage_outputs(self.encoder, self.stages, crops)
         skips = [lateral(m) for lateral, m in zip(self.laterals, maps, strict=True)]
         x = skips[self.stage_at[0]]
+        sides: list[Tensor] = []
         for k, up in enumerate(self.ups, start=1):
             if k in self.stage_at:
                 x = up(x, skips[self.stage_at[k]])
@@ -77,7 +95,41 @@ class PyramidSegmenter(nn.Module):
                 x = up(x, self.crop_skip(crops))
             else:
                 x = up(x)
-        return self.head(x)
+            if self.training and str(k) in self.side_heads:
+                sides.append(self.side_heads[str(k)](x))
+        logits = self.head(x)
+        return (logits, *reversed(sides)) if sides else logits
+
+
+class FlexibleSegmenter(nn.Module):
+    """The decoder of MONAI's FlexibleUNet, under its keys, over the stages of a MONAI ResNet.
+
+    Beside the stages it reads the map after the stem, of stride 2, as FlexibleUNet does.
+
+    Attributes:
+        encoder: The backbone's network, under its own keys.
+    """
+
+    def __init__(self, backbone: Backbone, out_channels: int) -> None:
+        super().__init__()
+        ndim = backbone.ndim
+        self.encoder = _only_encoder(backbone)
+        self.stages = ("act", *backbone.stages)
+        stem = self.encoder.get_submodule("conv1").out_channels
+        assert isinstance(stem, int)
+        norm = ("batch", {"eps": 1e-3, "momentum": 0.1})
+        self.decoder = UNetDecoder(
+            ndim, (backbone.in_channels, stem, *backbone.channels), FLEXIBLE_CHANNELS,
+            act=("relu", {"inplace": True}), norm=norm, dropout=0.0, bias=False,
+            upsample="nontrainable", pre_conv="default", interp_mode="nearest",
+            align_corners=None, is_pad=True,
+        )  # fmt: skip
+        self.segmentation_head = SegmentationHead(ndim, FLEXIBLE_CHANNELS[-1], out_channels)
+
+    def forward(self, crops: Float[Tensor, "b c *size"]) -> Float[Tensor, "b k *size"]:
+        """Logits of every class at every voxel."""
+        maps = stage_outputs(self.encoder, self.stages, crops)
+        return self.segmentation_head(self.decoder(list(maps), len(maps) - 1))
 
 
 class _UpOnly(nn.Module):
@@ -101,29 +153,73 @@ class _UpOnly(nn.Module):
         return self.block(self.up(x))
 
 
-def build_segmenter(backbone: Backbone, out_channels: int, feature_size: int = 16) -> nn.Module:
+def build_segmenter(
+    backbone: Backbone,
+    out_channels: int,
+    feature_size: int = 16,
+    decoder: Literal["auto", "unet", "flexible"] = "auto",
+    deep_supervision: bool = False,
+) -> nn.Module:
     """The segmentation network of `backbone`: `(b, c, *size)` to logits `(b, out_channels, *size)`.
 
     SegResNet, DynUNet, MedNeXt and the residual encoder U-Net are returned themselves. The others
-    get a U-Net decoder, `PyramidSegmenter`, of which `feature_size` is the width.
+    get a U-Net decoder, `PyramidSegmenter`, of which `feature_size` is the width; so do all with
+    the decoder "unet". "flexible" is that of MONAI's FlexibleUNet, for MONAI's ResNets.
+
+    Args:
+        backbone: Encoder, or whole network.
+        out_channels: Classes, background included.
+        feature_size: See above.
+        decoder: See above.
+        deep_supervision: In training, logits of coarser resolutions come along; networks with a
+            decoder of their own must have been built with their option for it.
 
     Raises:
-        ConfigError: The network was built for another number of classes.
+        ConfigError: The network was built for another number of classes, or lacks what is asked.
     """
-    if not backbone.segments:
-        return PyramidSegmenter(backbone, out_channels, feature_size)
+    if decoder == "flexible":
+        if not backbone.name.startswith("monai/resnet") or deep_supervision:
+            wrong = "deep supervision" if deep_supervision else backbone.name
+            raise ConfigError(
+                f"model.decoder=flexible is for monai/resnet10 to 101 and has no deep supervision; "
+                f"it does not go with {wrong}: choose model.decoder=unet"
+            )
+        return FlexibleSegmenter(backbone, out_channels)
+    if decoder == "unet" or not backbone.segments:
+        return PyramidSegmenter(backbone, out_channels, feature_size, deep_supervision)
     built = backbone.options.get("out_channels", 2)
     if built != out_channels:
         raise ConfigError(
             f"{backbone.name} was built with out_channels={built}, but {out_channels} are needed; "
             f"pass out_channels={out_channels} to build_backbone"
         )
+    if deep_supervision != bool(backbone.options.get("deep_supervision", False)):
+        raise ConfigError(
+            f"{backbone.name} was built with deep_supervision={not deep_supervision}; set "
+            "model.deep_supervision where the network has it (DynUNet, MedNeXt, nnunet/resenc), or "
+            "choose model.decoder=unet"
+        )
+    if deep_supervision:
+        backbone.network.register_forward_hook(_finest_in_evaluation)
     return backbone.network
+
+
+def _only_encoder(backbone: Backbone) -> nn.Module:
+    """The backbone's network; parameters that its stages do not depend on are frozen."""
+    for name, parameter in backbone.network.named_parameters():
+        parameter.requires_grad_(name in backbone.encoder_keys)
+    return backbone.network
+
+
+def _finest_in_evaluation(network: nn.Module, _inputs: object, output: object) -> object:
+    """A residual encoder U-Net with deep supervision returns all of its maps in evaluation too."""
+    return output if network.training or isinstance(output, Tensor) else output[0]  # type: ignore
 
 
 def encoder_of(segmenter: nn.Module) -> nn.Module:
     """The part of a segmentation network that bears the backbone's own keys."""
-    return segmenter.encoder if isinstance(segmenter, PyramidSegmenter) else segmenter
+    around = isinstance(segmenter, PyramidSegmenter | FlexibleSegmenter)
+    return segmenter.encoder if around else segmenter
 
 
 def stage_outputs(network: nn.Module, stages: Sequence[str], crops: Tensor) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from spark3d.data.augment import (
     Flips,
     Intensity,
     SegmentationAugment,
+    Turns,
     grown,
     resample_crop,
     rotation,
@@ -184,3 +185,36 @@ def test_impossible_windows_are_refused(options, message):
 def test_missing_statistics_are_refused():
     with pytest.raises(ConfigError, match="needs the mean and std"):
         Window("zscore").apply(np.zeros((1, 2)))
+
+
+def test_quarter_turns_move_image_and_label_together_and_keep_sides():
+    crop = torch.arange(5.0 * 5 * 3).reshape(1, 5, 5, 3)
+    seen = set()
+    for seed in range(40):
+        turned, label = Turns(0.5)(crop, crop[0].long(), rng(seed))
+        assert torch.equal(turned[0].long(), label)
+        seen |= {k for k in range(4) if torch.equal(turned, torch.rot90(crop, k, (1, 2)))}
+    assert seen == {0, 1, 2, 3}  # no mirror image: left stays apart from right
+    turned = [torch.equal(Turns(0.2)(crop, None, rng(n))[0], crop) for n in range(500)]
+    assert 0.75 < np.mean(turned) < 0.85
+
+
+def test_no_turn_draws_nothing_and_unequal_sides_are_refused():
+    generator, other = rng(), rng()
+    crop = torch.zeros(1, 4, 6, 4)
+    assert Turns()(crop, None, generator)[0] is crop
+    assert generator.random() == other.random()
+    with pytest.raises(ConfigError, match=r"equal first sides, not \(4, 6, 4\)"):
+        Turns(0.1)(crop, None, rng())
+
+
+def test_each_change_of_intensity_has_its_own_probability():
+    crop = torch.ones(1, 4, 4, 4)
+    shifted = Intensity((0.0, 1.0, 0.0), scale=0.5, shift=0.5, noise=0.5)
+    scaled = Intensity((1.0, 0.0, 0.0), scale=0.5, shift=0.5, noise=0.5)
+    for seed in range(20):
+        offset = shifted(crop, rng(seed)) - crop
+        assert float(offset.std()) == pytest.approx(0, abs=1e-6)
+        assert 0 < abs(float(offset.mean())) <= 0.5
+        torch.testing.assert_close(shifted(0 * crop, rng(seed)), offset)
+        assert float(scaled(0 * crop, rng(seed)).abs().max()) == 0

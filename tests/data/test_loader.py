@@ -61,6 +61,14 @@ def test_every_epoch_visits_each_case_once_in_a_new_order(store):
     assert len({tuple(order) for order in epochs}) > 3
 
 
+def test_several_crops_in_a_row_come_from_one_case(store):
+    single, several = crops(store), crops(store, crops_per_case=4)
+    assert [several.entry(n) for n in range(40)] == [single.entry(n // 4) for n in range(40)]
+    starts = [several[n]["crop"] for n in range(4)]
+    assert not any(torch.equal(starts[0], other) for other in starts[1:])
+    assert several.name(3) == single.name(0)
+
+
 @given(number=st.integers(0, 10**7), seed=st.integers(0, 2**31))
 def test_a_sample_depends_on_seed_and_number_only(store, number, seed):
     first, second = crops(store, seed), crops(store, seed)

@@ -8,6 +8,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
+from spark3d.engine.averaging import Average
 from spark3d.engine.loop import (
     BadLossGuard,
     NotFinite,
@@ -17,7 +18,13 @@ from spark3d.engine.loop import (
     stop_on_signal,
     take_step,
 )
-from spark3d.engine.optim import build_optimizer, has_decay, parameter_groups, set_step
+from spark3d.engine.optim import (
+    build_optimizer,
+    has_decay,
+    parameter_groups,
+    rated_groups,
+    set_step,
+)
 from spark3d.errors import ConfigError, EnvironmentProblem
 
 
@@ -131,3 +138,61 @@ def test_no_decay_on_norms_biases_tokens_and_layer_scales() -> None:
         (0.1, 1.0, 1),
         (1.0, 0.0, 2),
     ]
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_accumulated_shares_give_the_gradient_of_the_whole_batch(micro: int) -> None:
+    torch.manual_seed(0)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    network = nn.Linear(4, 1, dtype=torch.float64)
+    x = torch.randn(8, 4, dtype=torch.float64)
+    loss = network(x).square().mean()
+    wanted = torch.autograd.grad(loss, [*network.parameters()])
+    module, optimizer = fabric.setup(
+        network, build_optimizer("sgd", parameter_groups(network), 0.0, momentum=0.0)
+    )
+    shares = [
+        lambda part=part: (network(part).square().mean(), {"twice": 2 * network(part).sum()})
+        for part in x.chunk(micro)
+    ]
+    result = take_step(fabric, optimizer, module, shares, clip=1e9)
+    for parameter, gradient in zip(network.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-12)
+    assert result.loss == pytest.approx(float(loss.detach()))
+    assert result.parts["twice"] == pytest.approx(
+        2 * float(network(x).detach().sum()) / micro, rel=1e-5
+    )
+
+
+def test_frozen_groups_neither_move_nor_count_in_the_clipping() -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    network = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
+    groups = rated_groups(network, {"0.weight": 0.5})
+    module, optimizer = fabric.setup(network, build_optimizer("adamw", groups, 0.1))
+    before = [p.detach().clone() for p in network.parameters()]
+    x = torch.ones(1, 2)
+    set_step(optimizer, 0.1, 0.5, frozen=True)
+    result = take_step(fabric, optimizer, module, lambda: (module(x).sum(), {}), clip=1e9)
+    gradient = network[1].weight.grad
+    assert gradient is not None
+    assert result.grad_norm == pytest.approx(float(gradient.norm()))
+    assert torch.equal(network[0].weight, before[0])
+    assert not torch.equal(network[1].weight, before[1])
+    set_step(optimizer, 0.1, 0.5)
+    assert [g["lr"] for g in optimizer.param_groups if g["pretrained"]] == [0.05]
+    take_step(fabric, optimizer, module, lambda: (module(x).sum(), {}), clip=1e9)
+    assert not torch.equal(network[0].weight, before[0])
+
+
+def test_the_average_rises_to_its_decay_and_is_a_function_of_the_step() -> None:
+    network = nn.Linear(1, 1, bias=False)
+    average = Average(network, decay=0.7, warmup=True)
+    value = float(network.weight.detach())
+    for step in range(1, 9):
+        with torch.no_grad():
+            network.weight.fill_(float(step))
+        average.update(network, step)
+        keep = min(0.7, 1 - (1 + step) ** (-2 / 3))
+        value = keep * value + (1 - keep) * step
+    assert float(average.network.weight.detach()) == pytest.approx(value)
+    assert not average.network.training

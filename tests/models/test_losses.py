@@ -22,3 +22,12 @@ def test_class_weights_change_the_cross_entropy_and_leave_the_dice() -> None:
     both = DiceCrossEntropy([1.0, 10.0, 10.0])(logits, labels)
     by_hand = torch.nn.functional.cross_entropy(logits, labels, torch.tensor([1.0, 10.0, 10.0]))
     assert torch.allclose(both - dice, by_hand)
+
+
+def test_squares_and_smoothing_are_those_of_monai() -> None:
+    logits, labels = torch.randn(2, 3, 8, 8), torch.randint(0, 3, (2, 8, 8))
+    options = {"squared_pred": True, "smooth_nr": 0.0, "smooth_dr": 1e-6}
+    monai = DiceCELoss(to_onehot_y=True, softmax=True, **options)
+    ours = DiceCrossEntropy(include_background=True, squared=True, smooth=(0.0, 1e-6))
+    assert torch.allclose(ours(logits, labels), monai(logits, labels[:, None]))
+    assert not torch.allclose(ours(logits, labels), DiceCrossEntropy()(logits, labels))

@@ -109,8 +109,8 @@ def _header(slices: Sequence[Slice]) -> Header:
     positions = np.array([one.position for one in slices])
     step = _step(slices, positions, folder)
     affine: Affine = np.eye(4)
-    affine[:3, 0] = first.axes[0] * first.spacing_mm[0]
-    affine[:3, 1] = first.axes[1] * first.spacing_mm[1]
+    axes = np.median([one.axes for one in slices], axis=0)
+    affine[:3, :2] = axes.T * np.median([one.spacing_mm for one in slices], axis=0)
     affine[:3, 2] = step
     affine[:3, 3] = positions[0]
     check_affine(affine, folder)

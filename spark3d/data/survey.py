@@ -117,7 +117,11 @@ def _odd_means(records: Sequence[CaseRecord]) -> list[tuple[str, float, float]]:
     middle = float(np.median(means))
     spread = 1.4826 * float(np.median(np.abs(means - middle)))
     odd = np.abs(means - middle) > max(MEAN_HU, DEVIATIONS * spread)
-    return [(records[k].id, float(means[k]), middle) for k in np.flatnonzero(odd)]
+    return [
+        (record.id, float(mean), middle)
+        for record, mean, strange in zip(records, means, odd, strict=True)
+        if strange
+    ]
 
 
 def same_voxels(

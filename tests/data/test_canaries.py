@@ -102,7 +102,7 @@ def test_the_search_finds_what_it_looks_for(planted):
 
 def test_nothing_of_a_patient_comes_out(planted, tmp_path, capfd, caplog):
     """prepare -> pretrain -> report: every byte of every output, every name, every line said."""
-    caplog.set_level("DEBUG")
+    caplog.set_level("INFO")
     steps = (
         ("prepare", "--data", planted, "--out", tmp_path / "store", "--workers", "0"),
         ("pretrain", *TINY, "--data", tmp_path / "store", "--out", tmp_path / "run"),

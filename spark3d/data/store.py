@@ -127,8 +127,8 @@ class Store:
         """
         record = self.record(case_id)
         start, size = _box(record, start, size)
-        raw = self._open(case_id, "image").read((0, *start), (record.channels, *size))
-        result = raw.astype(np.float32)
+        box = (0, *start), (record.channels, *size)
+        result = self._open(case_id, "image").read(*box, dtype=np.float32)
         if record.scale != 1:
             result *= np.float32(record.scale)
         if record.shift != 0:

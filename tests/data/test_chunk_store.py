@@ -181,6 +181,18 @@ def test_damage_names_the_case_and_the_chunk(tmp_path):
         store.read("a")
 
 
+def test_a_file_cut_or_gone_after_it_was_opened_is_an_error_never_a_fill_value(tmp_path):
+    store = make_store(tmp_path / "s", [make_case("a")])
+    store.read("a", (0, 0, 0), (8, 8, 8))
+    path = case_path(tmp_path / "s", "a", ".b2nd")
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(DataError, match=r"case a: its chunk \d+ cannot be read"):
+        store.read("a")
+    path.unlink()
+    with pytest.raises(DataError, match=r"case a: its file cannot be read \(No such file"):
+        store.read("a")
+
+
 def test_a_store_that_is_absent_unfinished_or_of_another_format_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"E-NO-STORE.*spark3d prepare"):
         Store.open(tmp_path)

@@ -122,17 +122,31 @@ def _stream(
 
 
 def _next(
-    iterator: Iterator[Sample | DataError], started: set[BaseProcess], guarded: "_Guarded"
+    iterator: Iterator[Sample | DataError | EnvironmentProblem],
+    started: set[BaseProcess],
+    guarded: "_Guarded",
 ) -> Sample | Exception:
     """Fetch a batch, or return (not raise: a traceback would keep the loader) what went wrong."""
     try:
         return next(iterator)
     except (RuntimeError, OSError, EOFError):  # a death noticed, or a transfer torn off by it
-        wait([p.sentinel for p in started], timeout=10)  # a loaded machine is slow to bury
-        dead = [p for p in started if p.exitcode not in (None, 0)]
+        dead = _bury(started)
         if not dead:
             raise
         return EnvironmentProblem(_obituary(dead, guarded))
+
+
+def _bury(started: set[BaseProcess], timeout: float = 10.0) -> list[BaseProcess]:
+    """The workers that died, with their exit codes known; waits until there is one.
+
+    A dying process first closes its files, which makes its sentinel ready, and only later has an
+    exit code to ask for: on a loaded machine that is long enough to be told None.
+    """
+    ready = wait([p.sentinel for p in started], timeout)
+    for process in started:
+        if process.sentinel in ready:
+            process.join(timeout)
+    return [p for p in started if p.exitcode not in (None, 0)]
 
 
 class _Steps(Sampler[list[int]]):
@@ -177,11 +191,25 @@ class _Guarded(Dataset[Sample | DataError]):
         return notes.get(pid or 0)
 
 
-def _collate(samples: list[Sample | DataError]) -> Sample | DataError:
+def _collate(samples: list[Sample | DataError]) -> Sample | DataError | EnvironmentProblem:
+    """A batch, or what went wrong, as a value; a worker lays the batch into shared memory."""
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
-    return default_collate(samples)
+    try:
+        return default_collate(samples)
+    except RuntimeError as error:
+        if get_worker_info() is None or "</torch_" not in str(error):  # so torch names its files
+            raise
+        size = sum(v.nbytes for s in samples for v in s.values() if isinstance(v, torch.Tensor))
+        return EnvironmentProblem(_no_room(f"a batch of {size / 2**20:.1f} MiB"))
+
+
+def _no_room(what: str) -> str:
+    return (
+        f"a data worker found no room in /dev/shm for {what}: make it larger (docker run "
+        "--shm-size=8g), or lower optim.batch or compute.workers (0 needs none)"
+    )
 
 
 @contextlib.contextmanager
@@ -210,6 +238,8 @@ def _obituary(dead: Sequence[BaseProcess], guarded: _Guarded) -> str:
         if number is not None:
             place = f"at case {guarded.dataset.name(number)}, sample {number}"
         deaths.append(f"{process.pid} ({cause}, {place})")
+    if any(process.exitcode == -signal.SIGBUS for process in dead):
+        return f"data worker {', '.join(deaths)} died; {_no_room('its batch')}"
     return (
         f"data worker {', '.join(deaths)} died; if memory ran out (SIGKILL), lower "
         "compute.workers or the cache, then give the same command again to go on"

@@ -4,7 +4,9 @@ import contextlib
 import multiprocessing
 import os
 import random
+import resource
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from spark3d.data.crops import CropRule
 from spark3d.data.intensity import Window
 from spark3d.data.loader import VolumeCrops, batches
 from spark3d.data.store import Store
+from spark3d.data.stream import _bury
 from spark3d.errors import ConfigError, DataError, EnvironmentProblem
 
 WIDE = Window("unit", 0, 32000, 32000)
@@ -197,6 +200,33 @@ def test_a_killed_worker_is_named_with_its_signal_and_cases(store):
         list(batches(dataset, 2, 0, 8, workers=1))
     assert f"at case {dataset.name(9)}, sample 9" in str(caught.value)
     assert signal.getsignal(signal.SIGCHLD) == handler
+
+
+def test_the_exit_code_of_a_worker_that_closed_its_files_before_it_died_is_waited_for():
+    """The sentinel of a process is ready as soon as its files are closed, not when it is dead."""
+
+    def die_slowly():
+        os.closerange(3, 64)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=die_slowly)
+    process.start()
+    assert [p.exitcode for p in _bury({process})] == [-signal.SIGKILL]
+
+
+@pytest.fixture
+def little_shared_memory():
+    """Shared memory counts as a file, so that this limit stands for a small /dev/shm."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_no_room_in_shared_memory_is_one_line(store, little_shared_memory):
+    with pytest.raises(EnvironmentProblem, match=r"no room in /dev/shm for a batch.*--shm-size"):
+        list(batches(crops(store), 4, 0, 2, workers=1))
 
 
 @pytest.mark.parametrize("ids", [[], ["case0", "case0"]])

@@ -121,6 +121,9 @@ def prepare(
     memory_gib: Annotated[
         float | None, typer.Option(help="Memory for all workers; default half of the machine's.")
     ] = None,
+    verify: Annotated[
+        bool, typer.Option(help="Read all that is there and prepare again what was damaged.")
+    ] = False,
 ) -> None:
     """Check volumes, orient, resample, crop to the body and store them for fast reading.
 
@@ -130,7 +133,7 @@ def prepare(
 
     prepare_command(
         data, out, spacing, modality, geometry, nan_fill, group_pattern, workers, max_bad,
-        shard=shard, end_shards=end_shards, memory_gib=memory_gib,
+        shard=shard, end_shards=end_shards, memory_gib=memory_gib, verify=verify,
     )  # fmt: skip
 
 

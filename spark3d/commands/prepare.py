@@ -44,6 +44,7 @@ def prepare_command(
     shard: str | None = None,
     end_shards: bool = False,
     memory_gib: float | None = None,
+    verify: bool = False,
     console: Console | None = None,
 ) -> PrepareReport | None:
     """Prepare the cases of a folder into a store and say what became of each.
@@ -63,6 +64,7 @@ def prepare_command(
         shard: "i/n", i from 1: prepare only this share, e.g. in a job array.
         end_shards: end a store prepared in shares (all must be there) and do nothing else.
         memory_gib: memory that all workers together may take.
+        verify: read all of what is there already and prepare again what was damaged.
         console: where to print.
 
     Returns:
@@ -107,6 +109,7 @@ def prepare_command(
             max_bad=max_bad,
             shard=parse_shard(shard),
             memory_gib=memory_gib,
+            verify=verify,
         )
         bar.update(task, completed=report.total, total=report.total)
 

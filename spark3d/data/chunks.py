@@ -22,6 +22,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from spark3d.errors import DataError
 
+REPAIR = "run the same 'spark3d prepare' with --verify to prepare this case again"
 DIGITS = 16  # hex digits of a 64-bit hash
 ONE_THREAD = MappingProxyType({"nthreads": 1})
 
@@ -184,6 +185,20 @@ class ChunkedFile:
             raise self._damage(f"file cannot be read ({error.strerror})") from None
         return result
 
+    def verify(self) -> None:
+        """Test the hash of every chunk, decompressing none.
+
+        Raises:
+            DataError: a chunk was altered.
+        """
+        packed = memoryview(bytearray(self._longest))
+        try:
+            with self._path.open("rb", buffering=0) as stream:
+                for number in range(len(self._hashes)):
+                    self._test(number, self._load(stream.fileno(), number, packed))
+        except OSError as error:
+            raise self._damage(f"file cannot be read ({error.strerror})") from None
+
     def _number(self, cell: Sequence[int]) -> int:
         """Place of a chunk in C order."""
         number = 0
@@ -222,20 +237,20 @@ class ChunkedFile:
         return blosc2.open(str(self._path), mode="r")
 
     def _decode(self, number: int, piece: memoryview, decoded: NDArray[np.generic]) -> None:
-        fits = int.from_bytes(piece[4:8], "little") == decoded.nbytes  # blosc2 does not check this
-        if not (self._intact(number, piece) and fits):
-            raise self._damage(f"chunk {number} was altered")
+        self._test(number, piece)
+        if int.from_bytes(piece[4:8], "little") != decoded.nbytes:  # blosc2 does not check this
+            raise self._damage(f"chunk {number} has another size than the record says")
         # one thread: blosc2's own do not survive the fork of a data worker, which then hangs
         blosc2.decompress2(piece, dst=decoded, dparams=ONE_THREAD)
 
-    def _intact(self, number: int, piece: memoryview) -> bool:
-        """Whether a chunk has the hash it was stored with."""
-        return xxhash.xxh3_64_intdigest(piece) == self._hashes[number]
+    def _test(self, number: int, piece: memoryview) -> None:
+        """Refuse a chunk that has not the hash it was stored with."""
+        if xxhash.xxh3_64_intdigest(piece) != self._hashes[number]:
+            raise self._damage(f"chunk {number} was altered")
 
     def _damage(self, found: str) -> DataError:
         return DataError(
-            f"E-STORE-DAMAGED: case {self._name}: its {found}; expected what was prepared; "
-            "prepare this case again"
+            f"E-STORE-DAMAGED: case {self._name}: its {found}; expected what was prepared; {REPAIR}"
         )
 
 

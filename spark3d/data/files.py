@@ -1,7 +1,9 @@
 """Writing files so that a reader sees the old one or the whole new one, never a part."""
 
+import contextlib
 import errno
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from spark3d.errors import EnvironmentProblem
@@ -13,19 +15,53 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         EnvironmentProblem: no space, no right to write; the old file, if any, is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        if temporary.read_bytes() != data:
-            raise OSError(errno.EIO, "what was read back differs from what was written")
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _problem(path, error) from error
+    put_in_place(write_beside({path: data}))
+
+
+def write_beside(files: Mapping[Path, bytes]) -> dict[Path, Path]:
+    """Write each content to a temporary file beside its target, on the disk and read back.
+
+    Returns:
+        Target -> temporary, for `put_in_place`.
+
+    Raises:
+        EnvironmentProblem: no space, no right to write; nothing is left of any of them.
+    """
+    staged: dict[Path, Path] = {}
+    for path, data in files.items():
+        temporary = staged[path] = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            if temporary.read_bytes() != data:
+                raise OSError(errno.EIO, "what was read back differs from what was written")
+        except OSError as error:
+            _discard(staged)
+            raise _problem(path, error) from error
+    return staged
+
+
+def put_in_place(staged: Mapping[Path, Path]) -> None:
+    """Rename temporaries over their targets, in order.
+
+    Raises:
+        EnvironmentProblem: no right to; temporaries that are left are removed.
+    """
+    for path, temporary in staged.items():
+        try:
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        except OSError as error:
+            _discard(staged)
+            raise _problem(path, error) from error
+
+
+def _discard(staged: Mapping[Path, Path]) -> None:
+    for temporary in staged.values():
+        with contextlib.suppress(OSError):  # of the two problems the first one is told
+            temporary.unlink(missing_ok=True)
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -10,8 +10,9 @@ import xxhash
 
 from spark3d.data.case import PrepareSpec, prepare_case
 from spark3d.data.checks import fault, placed
+from spark3d.data.chunks import ChunkedFile, Frame
 from spark3d.data.io import data_files
-from spark3d.data.record import case_path, read_record
+from spark3d.data.record import SUFFIXES, CaseRecord, case_path, read_record
 from spark3d.data.sources import CaseSource
 from spark3d.data.writer import write_case
 from spark3d.errors import DataError
@@ -53,8 +54,11 @@ def reason_of(error: DataError | MemoryError, case_id: str) -> str:
     return reason if case_id in place else placed(reason, f"{case_id} ({place})")
 
 
-def is_current(job: Job) -> bool:
-    """Whether the store holds this case, whole, from the same files and settings."""
+def is_current(job: Job, verify: bool = False) -> bool:
+    """Whether the store holds this case, whole, from the same files and settings.
+
+    Damage that leaves the lengths of files is seen with `verify` only, which reads them.
+    """
     case_id = job.case.id
     if not case_path(job.out, case_id, ".json").exists():
         return False
@@ -62,7 +66,7 @@ def is_current(job: Job) -> bool:
         data = read_record(job.out, case_id)
     except DataError:
         return False
-    for part, suffix in (("image", ".b2nd"), ("label", ".seg.b2nd")):
+    for part, suffix in SUFFIXES.items():
         path = case_path(job.out, case_id, suffix)
         frame = data["files"].get(part)
         if frame is not None and not (path.exists() and path.stat().st_size == frame["n_bytes"]):
@@ -74,7 +78,21 @@ def is_current(job: Job) -> bool:
         and case_path(job.out, case_id, ".npz").exists()
         and data["key"]["settings"] == _settings_hash(job.spec)
         and _same_files(_paths(job.case), data["key"]["files"])
+        and not (verify and _damaged(job, data))
     )
+
+
+def _damaged(job: Job, data: dict[str, Any]) -> bool:
+    """Whether any byte of a case differs from what was prepared."""
+    case_id = job.case.id
+    try:
+        for part, frame in data["files"].items():
+            path = case_path(job.out, case_id, SUFFIXES[part])
+            ChunkedFile(path, Frame.from_json(frame), case_id).verify()
+        _ = CaseRecord.from_json(data["case"], case_path(job.out, case_id, ".npz")).body
+    except DataError:
+        return True
+    return False
 
 
 def _paths(case: CaseSource) -> tuple[Path, ...]:

@@ -1,5 +1,6 @@
 """Running preparation jobs in this process or in several, within a memory budget."""
 
+import fcntl
 import os
 import signal
 import threading
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from pathlib import Path
 from typing import TypeVar
 
 from spark3d.data.io import read_shape
@@ -19,17 +21,24 @@ COPIES = 6  # float32 volumes alive at once while a case is resampled
 
 
 def run_jobs(
-    jobs: Sequence[Job], workers: int, memory_gib: float | None = None
+    jobs: Sequence[Job],
+    workers: int,
+    memory_gib: float | None = None,
+    lock: Path | None = None,
 ) -> Iterator[tuple[Job, str | None]]:
     """Prepare every case and yield it with None, or with the reason why it cannot be used.
 
     The arguments and errors are those of `run_each`.
     """
-    return run_each(run_job, jobs, workers, memory_gib)
+    return run_each(run_job, jobs, workers, memory_gib, lock)
 
 
 def run_each(
-    work: Callable[[Job], T], jobs: Sequence[Job], workers: int, memory_gib: float | None = None
+    work: Callable[[Job], T],
+    jobs: Sequence[Job],
+    workers: int,
+    memory_gib: float | None = None,
+    lock: Path | None = None,
 ) -> Iterator[tuple[Job, T]]:
     """Do some work for every job and yield it with what came of it, in the order they end.
 
@@ -39,6 +48,8 @@ def run_each(
         workers: processes (started afresh, not forked); 0 works here.
         memory_gib: start no further job where all running would take more; None is half of the
             machine's memory. A job too large for the budget runs alone.
+        lock: file on which every worker shares a lock, so that one that outlives this process for
+            a moment is waited for.
 
     Raises:
         EnvironmentProblem: from a job, or because a worker was killed.
@@ -48,7 +59,7 @@ def run_each(
             yield job, work(job)
         return
     budget = memory_gib * 2**30 if memory_gib else _physical_memory() / 2
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (os.getpid(),))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (os.getpid(), lock))
     try:
         yield from _schedule(pool, work, list(jobs), workers, budget)
     finally:
@@ -100,13 +111,18 @@ def _physical_memory() -> float:
     return float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")
 
 
-def _start_worker(parent: int) -> None:
+def _start_worker(parent: int, lock: Path | None) -> None:
     """Leave Ctrl-C to the parent, and end with it even if it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    held = lock.open("a+") if lock else None  # the thread below keeps it open
+    if held:
+        fcntl.flock(held, fcntl.LOCK_SH)
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
+        if held:
+            held.flush()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -20,7 +20,7 @@ from spark3d.data.io import read_grid
 from spark3d.data.job import Job, is_current
 from spark3d.data.pool import run_jobs
 from spark3d.data.privacy import safe_cases
-from spark3d.data.record import read_record, sealed, unsealed
+from spark3d.data.record import read_head, read_record, sealed, unsealed
 from spark3d.data.sources import CaseSource
 from spark3d.data.writer import StoreWriter
 from spark3d.errors import DataError
@@ -70,6 +70,7 @@ def prepare(
     max_bad: int | None = None,
     shard: tuple[int, int] | None = None,
     memory_gib: float | None = None,
+    verify: bool = False,
 ) -> PrepareReport:
     """Prepare cases into the store `out`, continuing where an earlier run stopped.
 
@@ -82,6 +83,7 @@ def prepare(
         max_bad: failed cases to accept; None accepts no labelled case and one unlabelled in 100.
         shard: (i, n) takes the i-th of n shares of the cases, i from 0; `finalize` then ends it.
         memory_gib: start no further case beyond this; None is half of the machine's memory.
+        verify: read all of what is there already, and prepare again what was damaged.
 
     Raises:
         ConfigError: `out` is something else, or was prepared with other settings.
@@ -94,16 +96,20 @@ def prepare(
     spec = _with_spacing(spec or PrepareSpec(), cases, out)
     report = PrepareReport(spacing_mm=tuple(spec.spacing_mm or ()), renamed=renamed)
     mine = [case for case in cases if shard is None or _share_of(case.id, shard[1]) == shard[0]]
-    with StoreWriter(out, spec.settings(), "" if shard is None else f"-{shard[0]}") as writer:
+    with StoreWriter(out, spec.settings(), None if shard is None else shard[0]) as writer:
         if shard is None:
             remove_temporaries(out)
         todo = []
         for job in (Job(case, spec, out) for case in mine):
-            if is_current(job):
+            if is_current(job, verify):
                 report.skipped.append(job.case.id)
+                if progress:
+                    progress(report.total, len(mine), job.case.id)
             else:
                 todo.append(job)
-        for job, reason in run_jobs(todo, workers, memory_gib):
+        if shard is not None and todo:  # until this share has ended again, finalize must wait
+            _outcome_path(out, shard).unlink(missing_ok=True)
+        for job, reason in run_jobs(todo, workers, memory_gib, writer.workers_lock):
             if reason is None:
                 report.written.append(job.case.id)
             else:
@@ -116,7 +122,7 @@ def prepare(
         if shard is None:
             _end(writer, outcome)
         else:
-            _write_changed(out / "shards" / f"{shard[0]}-of-{shard[1]}.json", outcome)
+            _write_changed(_outcome_path(out, shard), outcome)
     return report
 
 
@@ -130,7 +136,7 @@ def finalize(out: Path | str) -> int:
         DataError: no share, a share is missing or altered, or shares of different counts.
     """
     out = Path(out)
-    settings = unsealed(out / "store.json", "the description of the store")["settings"]
+    settings = read_head(out)["settings"]
     paths = sorted((out / "shards").glob("*-of-*.json"))
     counts = {int(path.stem.split("-of-")[1]) for path in paths}
     if len(counts) != 1:
@@ -139,7 +145,7 @@ def finalize(out: Path | str) -> int:
             "all shares of one count", "run every share with the same --shard I/N",
         )  # fmt: skip
     n = counts.pop()
-    missing = [i for i in range(n) if not (out / "shards" / f"{i}-of-{n}.json").exists()]
+    missing = [i for i in range(n) if not _outcome_path(out, (i, n)).exists()]
     if missing:
         raise fault(
             "E-SHARDS", out, f"no outcome of the shares {missing} of {n}", "all of them",
@@ -172,7 +178,7 @@ def _with_spacing(spec: PrepareSpec, cases: Sequence[CaseSource], out: Path) -> 
     if spec.spacing_mm is not None:
         return spec
     if (out / "store.json").exists():
-        found = unsealed(out / "store.json", "the description of the store")["settings"]
+        found = read_head(out)["settings"]
         return replace(spec, spacing_mm=tuple(found["spacing_mm"]))
     spacings = []
     for case in cases:
@@ -187,6 +193,10 @@ def _with_spacing(spec: PrepareSpec, cases: Sequence[CaseSource], out: Path) -> 
         )  # fmt: skip
     x, y, z = (round(float(s), 4) for s in np.median(np.array(spacings), axis=0))
     return replace(spec, spacing_mm=(x, y, z))
+
+
+def _outcome_path(out: Path, shard: tuple[int, int]) -> Path:
+    return out / "shards" / f"{shard[0]}-of-{shard[1]}.json"
 
 
 def _share_of(case_id: str, n: int) -> int:

@@ -6,18 +6,21 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from spark3d.data.chunks import REPAIR
 from spark3d.data.grid import Affine, Size, SourceGrid
 from spark3d.errors import DataError
 
 FORMAT = 1
 STRICT_ID = re.compile(r"[A-Za-z0-9._-]{1,120}")
 BODY_CELL = 32
+SUFFIXES = MappingProxyType({"image": ".b2nd", "label": ".seg.b2nd"})
 
 
 def case_path(folder: Path, case_id: str, suffix: str) -> Path:
@@ -104,9 +107,9 @@ class CaseRecord:
         try:
             data = self.sidecar.read_bytes()
         except OSError as error:
-            raise _damaged(self.id, f"coordinates cannot be read ({error.strerror})") from None
+            raise damaged(self.id, f"coordinates cannot be read ({error.strerror})") from None
         if xxhash.xxh3_128_hexdigest(data) != self.sidecar_hash:
-            raise _damaged(self.id, "coordinates were altered")
+            raise damaged(self.id, "coordinates were altered")
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
 
@@ -181,7 +184,7 @@ def seal_of(data: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(_canonical({k: v for k, v in data.items() if k != "seal"}))
 
 
-def unsealed(path: Path, what: str) -> dict[str, Any]:
+def unsealed(path: Path, what: str, remedy: str = "run prepare again") -> dict[str, Any]:
     """Read sealed JSON.
 
     Raises:
@@ -192,10 +195,18 @@ def unsealed(path: Path, what: str) -> dict[str, Any]:
     except (OSError, ValueError):
         data = None
     if not isinstance(data, dict) or data.get("seal") != seal_of(data):
-        raise DataError(
-            f"E-STORE-DAMAGED: {what} ({path.name}) is absent or was altered; run prepare again"
-        )
+        raise DataError(f"E-STORE-DAMAGED: {what} ({path.name}) is absent or was altered; {remedy}")
     return data
+
+
+def read_head(folder: Path) -> dict[str, Any]:
+    """What a store says of itself: `format` and `settings`.
+
+    Raises:
+        DataError: absent or altered.
+    """
+    remedy = "restore it from a copy, or prepare into a new folder"
+    return unsealed(folder / "store.json", "the description of the store", remedy)
 
 
 def read_record(folder: Path, case_id: str) -> dict[str, Any]:
@@ -211,8 +222,7 @@ def _canonical(data: dict[str, Any]) -> bytes:
     return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def _damaged(case: str, found: str) -> DataError:
+def damaged(case: str, found: str) -> DataError:
     return DataError(
-        f"E-STORE-DAMAGED: case {case}: its {found}; expected what was prepared; prepare this case "
-        "again"
+        f"E-STORE-DAMAGED: case {case}: its {found}; expected what was prepared; {REPAIR}"
     )

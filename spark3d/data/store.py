@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spark3d.data.chunks import ChunkedFile, Frame
-from spark3d.data.record import FORMAT, CaseRecord, case_path, unsealed
+from spark3d.data.record import FORMAT, SUFFIXES, CaseRecord, case_path, read_head, unsealed
 from spark3d.data.writer import PreparedCase, StoreWriter, write_case
 from spark3d.errors import DataError
 
@@ -59,7 +59,7 @@ class Store:
                 f"E-NO-STORE: {folder}: found no store.json; expected a prepared store; run "
                 f"'spark3d prepare' with --out {folder}"
             )
-        head = unsealed(folder / "store.json", "the description of the store")
+        head = read_head(folder)
         if head["format"] != FORMAT:
             raise DataError(
                 f"E-STORE-FORMAT: {folder}: found format {head['format']}; expected {FORMAT}; "
@@ -168,9 +168,8 @@ class Store:
                 f"E-STORE-DAMAGED: case {case_id}: its record is not the one in the index; run "
                 "prepare again"
             )
-        suffix = ".b2nd" if part == "image" else ".seg.b2nd"
         frame = Frame.from_json(data["files"][part])
-        return ChunkedFile(case_path(self.folder, case_id, suffix), frame, case_id)
+        return ChunkedFile(case_path(self.folder, case_id, SUFFIXES[part]), frame, case_id)
 
 
 def _box(

@@ -1,6 +1,7 @@
 """Writing a store: a case is there whole, with its record written last, or it is not there."""
 
 import fcntl
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,16 @@ import xxhash
 from numpy.typing import NDArray
 
 from spark3d.data.chunks import encode
-from spark3d.data.files import write_atomic
+from spark3d.data.files import put_in_place, write_atomic, write_beside
 from spark3d.data.record import (
     FORMAT,
+    SUFFIXES,
     CaseRecord,
     case_path,
     encode_extras,
+    read_head,
     read_record,
     sealed,
-    unsealed,
 )
 from spark3d.errors import ConfigError, EnvironmentProblem
 
@@ -41,45 +43,83 @@ class StoreWriter:
     Args:
         folder: made if absent.
         settings: what the cases are prepared with; a store of other settings is refused.
-        lock: suffix of the lock's name; writers of different suffixes may work side by side.
+        shard: number of a share; writers of different shares may work side by side, but none beside
+            a writer of the whole.
 
     Raises:
         EnvironmentProblem: no right to write, or another writer is at work.
         ConfigError: the folder holds something else, or a store of other settings.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], lock: str = "") -> None:
-        self.folder, self.settings = folder, settings
-        self._lock_name = f".lock{lock}"
-        self._lock: TextIO | None = None
+    def __init__(self, folder: Path, settings: dict[str, Any], shard: int | None = None) -> None:
+        self.folder, self.settings, self._shard = folder, settings, shard
+        self._locks: list[TextIO] = []
 
     def __enter__(self) -> "StoreWriter":
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / self._lock_name).open("w")
         except OSError as error:
-            raise EnvironmentProblem(
-                f"cannot write to {self.folder} ({error.strerror}): check the folder and its "
-                "permissions"
-            ) from None
+            raise EnvironmentProblem(_refusal(self.folder, error)) from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise EnvironmentProblem(
-                f"another process is writing to {self.folder}: wait for it, or choose another "
-                "folder"
-            ) from None
-        try:
+            if self._shard is None:
+                self._lock(".lock", fcntl.LOCK_EX)
+            else:
+                self._lock(".lock", fcntl.LOCK_SH)
+                self._lock(f".lock-{self._shard}", fcntl.LOCK_EX)
+            self._wait_for_orphans()
             self._claim()
         except BaseException:
-            self._lock.close()
+            self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            self._lock.close()
+        for lock in self._locks:
+            lock.close()
+        self._locks.clear()
+
+    def _lock(self, name: str, kind: int) -> None:
+        """Take a lock that ends with this process, however it ends.
+
+        Raises:
+            EnvironmentProblem: no right to write, or another process holds it.
+        """
+        try:
+            self._locks.append((self.folder / name).open("w+"))
+        except OSError as error:
+            raise EnvironmentProblem(_refusal(self.folder, error)) from None
+        try:
+            fcntl.flock(self._locks[-1], kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise EnvironmentProblem(
+                f"another process is writing to {self.folder}: wait for it, or choose another "
+                "folder"
+            ) from None
+
+    @property
+    def workers_lock(self) -> Path:
+        """File that worker processes of this writer share a lock on for as long as they live."""
+        return self.folder / (".lock-work" if self._shard is None else f".lock-work-{self._shard}")
+
+    def _wait_for_orphans(self, seconds: float = 10.0) -> None:
+        """Let workers end whose writer was killed: they notice it within a second or two.
+
+        Raises:
+            EnvironmentProblem: they do not end.
+        """
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                with self.workers_lock.open("w+") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise EnvironmentProblem(
+                        f"worker processes of a killed run still write to {self.folder}: end them, "
+                        "then give the command again"
+                    ) from None
+                time.sleep(0.1)
 
     def _claim(self) -> None:
         path = self.folder / "store.json"
@@ -92,7 +132,7 @@ class StoreWriter:
                 )
             write_atomic(path, sealed({"format": FORMAT, "settings": self.settings}))
             return
-        found = unsealed(path, "the description of the store")["settings"]
+        found = read_head(self.folder)["settings"]
         if found != self.settings:
             changed = sorted(k for k in self.settings if self.settings[k] != found.get(k))
             raise ConfigError(
@@ -114,7 +154,10 @@ class StoreWriter:
 
 
 def write_case(folder: Path, case: PreparedCase, key: dict[str, Any], side: int = 64) -> None:
-    """Commit one case: its files first, each atomically, then the record that makes it exist.
+    """Commit one case: all its files beside the old ones, then in their place, the record last.
+
+    A kill between the two leaves a case without a record, which does not exist; any failure before
+    leaves the old one.
 
     Args:
         folder: the store.
@@ -123,23 +166,28 @@ def write_case(folder: Path, case: PreparedCase, key: dict[str, Any], side: int 
         side: voxels per axis of a chunk.
 
     Raises:
-        EnvironmentProblem: no space or no right to write; earlier cases are intact.
+        EnvironmentProblem: no space or no right to write; this and other cases are as they were.
     """
     case_id = case.record.id
     record_path = case_path(folder, case_id, ".json")
-    try:
-        record_path.parent.mkdir(parents=True, exist_ok=True)
-        record_path.unlink(missing_ok=True)
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot write to {folder} ({error.strerror})") from None
-    files = {}
-    parts = {"image": (".b2nd", case.voxels), "label": (".seg.b2nd", case.label)}
-    for part, (suffix, array) in parts.items():
+    content, files = {}, {}
+    for part, array in (("image", case.voxels), ("label", case.label)):
         if array is not None:
             data, frame = encode(array, side)
-            write_atomic(case_path(folder, case_id, suffix), data)
+            content[case_path(folder, case_id, SUFFIXES[part])] = data
             files[part] = frame.to_json()
     extras = encode_extras(case.body, case.coordinates)
-    write_atomic(case_path(folder, case_id, ".npz"), extras)
+    content[case_path(folder, case_id, ".npz")] = extras
     described = {**case.record.to_json(), "sidecar_hash": xxhash.xxh3_128_hexdigest(extras)}
-    write_atomic(record_path, sealed({"case": described, "files": files, "key": key}))
+    content[record_path] = sealed({"case": described, "files": files, "key": key})
+    try:
+        record_path.parent.mkdir(parents=True, exist_ok=True)
+        staged = write_beside(content)  # a full disk is met here, the old case being whole still
+        record_path.unlink(missing_ok=True)
+    except OSError as error:
+        raise EnvironmentProblem(_refusal(folder, error)) from None
+    put_in_place(staged)
+
+
+def _refusal(folder: Path, error: OSError) -> str:
+    return f"cannot write to {folder} ({error.strerror}): check the folder and its permissions"

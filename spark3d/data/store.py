@@ -42,7 +42,7 @@ class Store:
         seals: dict[str, str],
     ) -> None:
         self.folder, self.settings, self.cases = folder, settings, cases
-        self._seals = seals
+        self.seals = seals
         self._by_id = {record.id: record for record in cases}
         self._open = lru_cache(64)(self._open_file)
 
@@ -163,7 +163,7 @@ class Store:
 
     def _open_file(self, case_id: str, part: str) -> ChunkedFile:
         data = unsealed(case_path(self.folder, case_id, ".json"), f"the record of case {case_id}")
-        if data["seal"] != self._seals[case_id]:
+        if data["seal"] != self.seals[case_id]:
             raise DataError(
                 f"E-STORE-DAMAGED: case {case_id}: its record is not the one in the index; run "
                 "prepare again"

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from spark3d import __version__
+from spark3d.cli_bench import bench
 from spark3d.cli_weights import weights
 from spark3d.errors import ConfigError, DataError, EnvironmentProblem, Interrupted
 
@@ -20,7 +21,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.add_typer(weights, name="weights")
 
@@ -299,36 +299,6 @@ def check(
     from spark3d.commands.check import check_command
 
     check_command(backbone, dims, in_channels, ratio, cell_size)
-
-
-@bench.command("core")
-def bench_core(
-    out: Annotated[Path, typer.Option(help="JSON of results; an existing one is completed.")],
-    measures: Annotated[
-        str, typer.Option(help="time, saved (activations), peak (memory), with commas.")
-    ] = "time,saved,peak",
-    curve: Annotated[
-        bool, typer.Option(help="Growth over crop size and share of hidden cells: takes long.")
-    ] = False,
-    quick: Annotated[bool, typer.Option(help="Tiny networks: only to see it run.")] = False,
-    threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
-    seconds: Annotated[float, typer.Option(help="Of timing per case.")] = 60.0,
-    rounds: Annotated[int, typer.Option(help="Counted per case, at most.")] = 9,
-    minutes: Annotated[
-        float | None, typer.Option(help="No new measurement begins after so many.")
-    ] = None,
-) -> None:
-    """Packed cells against the whole grid times the mask: time, saved activations, peak memory.
-
-    Example: `spark3d bench core --out bench.json`
-    """
-    from spark3d.commands.bench import bench_core_command
-
-    names = [part.strip() for part in measures.split(",") if part.strip()]
-    bench_core_command(
-        out, names, quick=quick, curve=curve, threads=threads, seconds=seconds, rounds=rounds,
-        minutes=minutes,
-    )  # fmt: skip
 
 
 @app.command()

@@ -38,6 +38,7 @@ OPTIONAL_IMPORTS = MappingProxyType(
     {
         "cli.py": "commands load what they need when they run",
         "cli_weights.py": "the same for the group `weights`",
+        "cli_bench.py": "the same for the group `bench`",
     }
 )
 

@@ -24,7 +24,14 @@ from spark3d.data.store import Store
 from spark3d.data.stream import Sample
 from spark3d.engine.averaging import Average
 from spark3d.engine.checkpoint import Checkpoints, write_atomically
-from spark3d.engine.logging import RunLog, Stopwatch, finite_or_none, set_up_logging, step_progress
+from spark3d.engine.logging import (
+    RunLog,
+    Stopwatch,
+    Waited,
+    finite_or_none,
+    set_up_logging,
+    step_progress,
+)
 from spark3d.engine.loop import (
     BadLossGuard,
     Losses,
@@ -176,7 +183,7 @@ def run_finetuning(
             average.network.load_state_dict(state["average"])
         done = state["step"]
         log.info("resuming %s after step %d of %d", out, done, optim.steps)
-    steps = inputs.batches(done, fabric.global_rank, fabric.world_size)
+    steps = Waited(inputs.batches(done, fabric.global_rank, fabric.world_size))
     run_log = RunLog(out, done, recipe.log.tensorboard, fabric.is_global_zero)
     guard = BadLossGuard(recipe.compute.max_bad_losses)
     clock, total = Stopwatch(), Stopwatch()
@@ -217,6 +224,7 @@ def run_finetuning(
                     "grad_norm": finite_or_none(result.grad_norm),
                     "skipped": result.skipped,
                     "seconds": round(clock.lap(), 4),
+                    "data_seconds": round(steps.lap(), 4),
                 }
                 run_log.write("train", step, values)
             last, stop = step == optim.steps, asked_to_stop.on_any_rank(fabric)

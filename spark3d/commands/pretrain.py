@@ -17,7 +17,14 @@ from spark3d.commands.start import read_start
 from spark3d.commands.stores import fixed
 from spark3d.config import PretrainRecipe, find_recipe, load_recipe
 from spark3d.engine.checkpoint import Checkpoints
-from spark3d.engine.logging import RunLog, Stopwatch, finite_or_none, set_up_logging, step_progress
+from spark3d.engine.logging import (
+    RunLog,
+    Stopwatch,
+    Waited,
+    finite_or_none,
+    set_up_logging,
+    step_progress,
+)
 from spark3d.engine.loop import BadLossGuard, rehearse, seed_step, stop_on_signal, take_step
 from spark3d.engine.optim import set_step
 from spark3d.errors import DataError, Interrupted
@@ -149,7 +156,7 @@ def run_pretraining(
         optimizer.load_state_dict(state["optimizer"])
         done = state["step"]
         log.info("resuming %s after step %d of %d", out, done, optim.steps)
-    steps = inputs.batches(done, fabric.global_rank, fabric.world_size)
+    steps = Waited(inputs.batches(done, fabric.global_rank, fabric.world_size))
     run_log = RunLog(out, done, recipe.log.tensorboard, fabric.is_global_zero)
     guard = BadLossGuard(recipe.compute.max_bad_losses)
     clock, total = Stopwatch(), Stopwatch()
@@ -187,6 +194,7 @@ def run_pretraining(
                     "grad_norm": finite_or_none(result.grad_norm),
                     "skipped": result.skipped,
                     "seconds": round(clock.lap(), 4),
+                    "data_seconds": round(steps.lap(), 4),
                 }
                 run_log.write("train", step, values)
             last, stop = step == optim.steps, asked_to_stop.on_any_rank(fabric)

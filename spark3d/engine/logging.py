@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -22,6 +22,8 @@ from rich.progress import (
 from torch.utils.tensorboard import SummaryWriter
 
 from spark3d.engine.checkpoint import write_atomically
+
+T = TypeVar("T")
 
 
 class MetricsFile:
@@ -127,6 +129,29 @@ def set_up_logging(rank: int = 0) -> None:
     level = logging.INFO if rank == 0 else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("spark3d").setLevel(level)
+
+
+class Waited(Iterator[T]):
+    """Passes items on and adds up the seconds that were spent waiting for them.
+
+    Args:
+        source: where the items come from.
+    """
+
+    def __init__(self, source: Iterator[T]) -> None:
+        self._source, self._seconds = source, 0.0
+
+    def __next__(self) -> T:
+        begin = time.perf_counter()
+        try:
+            return next(self._source)
+        finally:
+            self._seconds += time.perf_counter() - begin
+
+    def lap(self) -> float:
+        """Seconds waited since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
 
 class Stopwatch:

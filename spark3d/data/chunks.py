@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, cast
 
 import blosc2
@@ -24,7 +23,6 @@ from spark3d.errors import DataError
 
 REPAIR = "run the same 'spark3d prepare' with --verify to prepare this case again"
 DIGITS = 16  # hex digits of a 64-bit hash
-ONE_THREAD = MappingProxyType({"nthreads": 1})
 
 
 @dataclass(frozen=True)
@@ -241,7 +239,7 @@ class ChunkedFile:
         if int.from_bytes(piece[4:8], "little") != decoded.nbytes:  # blosc2 does not check this
             raise self._damage(f"chunk {number} has another size than the record says")
         # one thread: blosc2's own do not survive the fork of a data worker, which then hangs
-        blosc2.decompress2(piece, dst=decoded, dparams=ONE_THREAD)
+        blosc2.decompress2(piece, dst=decoded, dparams={"nthreads": 1})
 
     def _test(self, number: int, piece: memoryview) -> None:
         """Refuse a chunk that has not the hash it was stored with."""
@@ -264,7 +262,7 @@ def _spans(tail: bytes, frame: Frame) -> list[tuple[int, int]]:
     if frame.data == 0:
         return [(0, 0)] * n
     table = tail[: int.from_bytes(tail[12:16], "little")]
-    offsets = np.frombuffer(cast(bytes, blosc2.decompress2(table, dparams=ONE_THREAD)), "<i8")
+    offsets = np.frombuffer(cast(bytes, blosc2.decompress2(table, dparams={"nthreads": 1})), "<i8")
     stored = np.flatnonzero(offsets >= 0)
     spans = [(0, 0)] * n
     ends = [*offsets[stored[1:]].tolist(), frame.data]

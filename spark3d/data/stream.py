@@ -193,15 +193,17 @@ class _Guarded(Dataset[Sample | DataError]):
 
 def _collate(samples: list[Sample | DataError]) -> Sample | DataError | EnvironmentProblem:
     """A batch, or what went wrong, as a value; a worker lays the batch into shared memory."""
+    whole: list[Sample] = []
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
+        whole.append(sample)
     try:
-        return default_collate(samples)
+        return default_collate(whole)
     except RuntimeError as error:
         if get_worker_info() is None or "</torch_" not in str(error):  # so torch names its files
             raise
-        size = sum(v.nbytes for s in samples for v in s.values() if isinstance(v, torch.Tensor))
+        size = sum(v.nbytes for s in whole for v in s.values() if isinstance(v, torch.Tensor))
         return EnvironmentProblem(_no_room(f"a batch of {size / 2**20:.1f} MiB"))
 
 

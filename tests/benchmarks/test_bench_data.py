@@ -19,6 +19,7 @@ from spark3d.commands.bench_data_tables import FORMATS
 from spark3d.data.store import Store
 from spark3d.errors import ConfigError, DataError
 
+pytestmark = pytest.mark.filterwarnings("ignore:NvImgCodecPydicomReader")  # of any LoadImaged
 SPEC = VolumeSpec(size=(40, 36, 34))
 
 

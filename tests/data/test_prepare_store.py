@@ -347,11 +347,11 @@ def test_a_killed_worker_is_named_with_its_cases(source, tmp_path):
 
     jobs = [Job(case, SPEC, tmp_path) for case in find_cases(source)]
     with pytest.raises(EnvironmentProblem, match=r"killed.*pt_0.*--workers"):
-        list(pool._schedule(DeadPool(), jobs, 2, 1e12))
+        list(pool._schedule(DeadPool(), job.run_job, jobs, 2, 1e12))
 
 
 @pytest.mark.parametrize(("budget", "most"), [(1.0, 1), (1e12, 6)])
-def test_no_more_cases_run_at_once_than_fit_the_memory(source, tmp_path, monkeypatch, budget, most):
+def test_no_more_cases_run_at_once_than_fit_the_memory(source, tmp_path, budget, most):
     running, seen = [], []
 
     def slow(one):
@@ -360,10 +360,9 @@ def test_no_more_cases_run_at_once_than_fit_the_memory(source, tmp_path, monkeyp
         seen.append(len(running))
         running.remove(one)
 
-    monkeypatch.setattr(pool, "run_job", slow)
     jobs = [Job(case, SPEC, tmp_path) for case in find_cases(source)]
     with ThreadPoolExecutor(6) as threads:
-        assert len(list(pool._schedule(threads, jobs, 3, budget))) == 6
+        assert len(list(pool._schedule(threads, slow, jobs, 3, budget))) == 6
     assert max(seen) <= most
     assert most == 1 or max(seen) > 1
 

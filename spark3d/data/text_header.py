@@ -102,7 +102,7 @@ def text_lines(stream: BinaryIO, path: Path, last: Callable[[str], bool]) -> lis
 
 
 def numbers(text: str, path: Path, what: str) -> list[float]:
-    """Finite numbers between blanks, commas and brackets.
+    """Finite numbers below 2^31 between blanks, commas and brackets.
 
     Raises:
         DataError: anything else.
@@ -111,8 +111,8 @@ def numbers(text: str, path: Path, what: str) -> list[float]:
         values = [float(part) for part in text.translate(BLANKS).split()]
     except ValueError:
         values = [math.nan]
-    if not all(math.isfinite(value) for value in values):
-        raise bad_header(path, f"a {what} that is not made of finite numbers")
+    if not all(math.isfinite(value) and abs(value) < 2**31 for value in values):
+        raise bad_header(path, f"a {what} that is not made of finite numbers below 2^31")
     return values
 
 
@@ -120,9 +120,9 @@ BLANKS = str.maketrans("(),", "   ")
 
 
 def whole_numbers(text: str, path: Path, what: str) -> list[int]:
-    """As `numbers`, whole and below 2^31."""
+    """As `numbers`, whole."""
     values = numbers(text, path, what)
-    if not all(value.is_integer() and abs(value) < 2**31 for value in values):
+    if not all(value.is_integer() for value in values):
         raise bad_header(path, f"a {what} that is not made of whole numbers")
     return [int(value) for value in values]
 

@@ -289,16 +289,20 @@ def check(
     in_channels: Annotated[int, typer.Option(help="Channels of the input.")] = 1,
     ratio: Annotated[float, typer.Option(help="Share of hidden cells.")] = 0.6,
     cell_size: Annotated[
-        int | None, typer.Option(help="Voxels of a cell per axis; default the total stride.")
+        str | None,
+        typer.Option(help="Voxels of a cell, one number or one per axis; default total stride."),
+    ] = None,
+    options: Annotated[
+        list[str] | None, typer.Argument(help="name=value of the network, as in model.options.")
     ] = None,
 ) -> None:
     """Prove that a backbone leaks nothing when masked, and that both backends agree on it.
 
-    Example: `spark3d check monai/segresnet --dims 3`
+    Example: `spark3d check monai/segresnet init_filters=16 --dims 3`
     """
     from spark3d.commands.check import check_command
 
-    check_command(backbone, dims, in_channels, ratio, cell_size)
+    check_command(backbone, dims, in_channels, ratio, cell_size, tuple(options or ()))
 
 
 @app.command()

@@ -100,11 +100,16 @@ class ImagesSection(Section):
 
 
 class MaskSection(Section):
-    """Which cells are hidden; `cell_size: auto` is the encoder's total stride."""
+    """Which cells are hidden; `cell_size: auto` is the encoder's total stride.
+
+    `pad` makes crops whose size is no multiple of the cells longer, with dark voxels at their end,
+    where they are refused otherwise.
+    """
 
     ratio: float = Field(default=0.6, gt=0, lt=1)
     cell_size: Auto | Sizes = "auto"
     body_aware: bool = False
+    pad: bool = False
 
 
 class ModelSection(Section):

@@ -3,6 +3,8 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from spark3d.data.store import Store
 from spark3d.data.stream import Numbered, Sample, batches
 from spark3d.engine.logging import step_progress
 from spark3d.errors import ConfigError, DataError
+from spark3d.sparse.geometry import pad_crops, padded_size
 from spark3d.sparse.mask import CellMask, random_mask
 from spark3d.weights.passport import Passport
 
@@ -64,9 +67,21 @@ class PretrainInputs:
         """Voxels of a cell per axis."""
         return build.sizes(fixed(self.recipe.mask.cell_size), self.recipe.dims, "mask.cell_size")
 
+    @cached_property
+    def padded_to(self) -> tuple[int, ...]:
+        """What crops are made multiples of, per axis; ones where the recipe does not pad."""
+        return crop_unit(self.recipe) if self.recipe.mask.pad else (1,) * self.recipe.dims
+
+    @property
+    def crop(self) -> tuple[int, ...]:
+        """Voxels of a crop per axis, padding included."""
+        asked = build.sizes(fixed(self.recipe.data.crop), self.recipe.dims, "data.crop")
+        return padded_size(asked, self.padded_to)
+
     def batches(self, done: int, rank: int, world: int) -> Iterator[Sample]:
-        """Batches of the steps after `done`."""
-        return stream(self.recipe, self.crops, done, rank, world)
+        """Batches of the steps after `done`, padded where the recipe says so."""
+        for batch in stream(self.recipe, self.crops, done, rank, world):
+            yield {**batch, "crop": pad_crops(batch["crop"], self.padded_to)}
 
     def mask(self, batch: Sample, rng: torch.Generator, rank: int = 0, world: int = 1) -> CellMask:
         """Which cells of a batch are visible; body-aware where the recipe says so.
@@ -157,12 +172,25 @@ def pretrain_inputs(
 
 def check_early(recipe: PretrainRecipe) -> None:
     """Refuse what is wrong whatever the data are, before hours go into preparing them."""
-    cell = network_stride(recipe)
+    unit = crop_unit(recipe)
     crop, key = recipe.data.crop, "data.crop"
     if recipe.dims == 2:
         crop, key = recipe.images.crop, "images.crop"
     if crop != "auto":
-        check_crop(build.sizes(crop, recipe.dims, key), cell, key, "mask.cell_size=", least=2)
+        size = build.sizes(crop, recipe.dims, key)
+        size = padded_size(size, unit) if recipe.mask.pad else size
+        name = "cells and strides of " if unit != network_stride(recipe) else "mask.cell_size="
+        check_crop(size, unit, key, name, otherwise=", or set mask.pad=true")
+        check_crop(size, network_stride(recipe), key, "mask.cell_size=", least=2)
+
+
+def crop_unit(recipe: PretrainRecipe) -> tuple[int, ...]:
+    """What crops must be multiples of: the cells, and the network's stride where it is larger."""
+    model, cell = recipe.model, network_stride(recipe)
+    if model.backend == "packed" or recipe.mask.cell_size == "auto":
+        return cell
+    net = build.backbone(model.backbone, recipe.dims, model.in_channels, model.options)
+    return tuple(lcm(c, s) for c, s in zip(cell, net.stride, strict=True))
 
 
 def one_hash(parts: Sequence[str]) -> str:
@@ -244,7 +272,7 @@ def plan_pretraining(
             f"the volumes have {sorted(channels)} channels, the recipe model.in_channels="
             f"{model.in_channels}; set it, or leave out the cases that differ"
         )
-    plan = suggest_plan(records, store.spacing_mm, cell)
+    plan = suggest_plan(records, store.spacing_mm, crop_unit(recipe))
     changes, notes = planned(recipe.data, plan)
     if recipe.mask.cell_size == "auto":
         changes["mask.cell_size"] = cell

@@ -14,7 +14,6 @@ from spark3d.commands.inputs import PretrainInputs, pretrain_inputs
 from spark3d.commands.probing import Probe, open_probe
 from spark3d.commands.runs import claim_run, finish_run, finished, open_run
 from spark3d.commands.start import read_start
-from spark3d.commands.stores import fixed
 from spark3d.config import PretrainRecipe, find_recipe, load_recipe
 from spark3d.engine.checkpoint import Checkpoints
 from spark3d.engine.logging import (
@@ -117,8 +116,7 @@ def try_out(objective: Objective, inputs: PretrainInputs) -> None:
         ConfigError: a layer without a masked meaning, strides that do not fit the cells, ...
     """
     recipe = inputs.recipe
-    crop = build.sizes(fixed(recipe.data.crop), recipe.dims, "data.crop")
-    batch = {"crop": torch.zeros(2, recipe.model.in_channels, *crop)}
+    batch = {"crop": torch.zeros(2, recipe.model.in_channels, *inputs.crop)}
     mask = inputs.mask(batch, torch.Generator().manual_seed(0))
     rehearse(objective, lambda: objective(batch["crop"], mask), recipe.model.backbone)
 

@@ -109,9 +109,16 @@ def planned(data: DataSection, plan: Plan) -> tuple[dict[str, Any], list[str]]:
 
 
 def check_crop(
-    crop: tuple[int, ...], unit: tuple[int, ...], key: str, unit_name: str, least: int = 1
+    crop: tuple[int, ...],
+    unit: tuple[int, ...],
+    key: str,
+    unit_name: str,
+    least: int = 1,
+    otherwise: str = "",
 ) -> None:
     """Crops are whole numbers of cells (or of a network's stride), at least `least` in all.
+
+    `otherwise` ends the message with what else one may do.
 
     Raises:
         ConfigError: names the axis and the nearest sizes that fit.
@@ -122,7 +129,7 @@ def check_crop(
             near = f"are {below} and {above}" if below else f"is {above}"
             raise ConfigError(
                 f"{key}={crop} is not a multiple of {unit_name}{unit} along axis {axis}; "
-                f"the nearest that fit {near}"
+                f"the nearest that fit {near}{otherwise}"
             )
     count = math.prod(side // step for side, step in zip(crop, unit, strict=True))
     if count < least:

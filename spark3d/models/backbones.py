@@ -102,8 +102,10 @@ def build_backbone(
     """
     try:
         network, usual = _network(name, ndim, in_channels, options)
-    except TypeError as error:
-        raise ConfigError(f"{name} does not take these options: {error}") from error
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} does not take these options in {ndim}D: {error}") from error
     chosen = tuple(stages) if stages is not None else usual
     found = probe(network, chosen, ndim, in_channels)
     _check_strides(name, chosen, found.strides)

@@ -123,12 +123,13 @@ def sparsify(network: nn.Module, slot: MaskSlot, checkpoint: Iterable[str] = ())
     unknown = [name for name in checkpoint if name not in modules]
     if unknown:
         raise ValueError(f"checkpoint names {unknown}, but the network has no such submodules")
+    reasons: dict[str, str] = {}
     for name, layer in modules.items():
-        mixin, reason = _meaning(layer)
+        mixin, reasons[name] = _meaning(layer)
         if mixin is not None:
-            _become(layer, mixin, LayerSlot(slot, name, reason))
-    for name in checkpoint:
-        _become(modules[name], Checkpointed, LayerSlot(slot, name))
+            _become(layer, mixin, LayerSlot(slot, name, reasons[name]))
+    for name in dict.fromkeys(checkpoint):
+        _become(modules[name], Checkpointed, LayerSlot(slot, name, reasons[name]))
 
 
 def restore_dense(network: nn.Module) -> None:
@@ -163,15 +164,18 @@ def register_masked(dense_class: type[nn.Module], masked_class: type[Masked]) ->
 
 
 class Checkpointed(Masked):
-    """A submodule whose activations are recomputed in backward, under its forward's mask."""
+    """A submodule whose activations are recomputed in backward, under its forward's mask.
+
+    Its `dense_class` is the class it had before, which may itself be mask-aware.
+    """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         slot, run = self.mask_slot.slot, self.mask_slot.slot.run
-        inner = super(Masked, self).forward
+        inner: Any = self.dense_class.forward
 
         def compute(*inputs: Any, **options: Any) -> Any:
             with slot.use(run):
-                return inner(*inputs, **options)
+                return inner(self, *inputs, **options)
 
         return activation_checkpoint(compute, *args, use_reentrant=False, **kwargs)
 

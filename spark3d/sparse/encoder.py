@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -116,20 +117,36 @@ def stage_outputs(network: nn.Module, stages: Sequence[str], x: Tensor) -> tuple
     """The outputs of the named submodules; the forward of `network` ends with the last of them.
 
     Raises:
-        ValueError: the forward never reaches a stage, or runs one more than once.
+        ValueError: the forward never reaches a stage, runs one more than once, or changes its
+            output afterwards.
         TypeError: a stage returns something else than a tensor.
     """
     found: dict[str, Tensor] = {}
-    with _capture(network, stages, found), suppress(_Reached):
+    versions: dict[str, int] = {}
+    with _capture(network, stages, found, versions), suppress(_Reached):
         network(x)
     missing = [name for name in stages if name not in found]
     if missing:
         raise ValueError(f"the forward of the network never reached the stages {missing}")
+    for name, output in found.items():
+        if _version(output) != versions[name]:
+            raise ValueError(
+                f"stage {name!r}: a later layer changes its output in place (an activation with "
+                "inplace=True?); name that layer as the stage, or set inplace=False"
+            )
     return tuple(found[name] for name in stages)
 
 
+def _version(output: Tensor) -> int:
+    """How often a tensor was changed in place; 0 where nobody counts."""
+    counted = not (output.is_inference() or torch.compiler.is_compiling())
+    return output._version if counted else 0
+
+
 @contextmanager
-def _capture(network: nn.Module, stages: Sequence[str], found: dict[str, Tensor]) -> Iterator[None]:
+def _capture(
+    network: nn.Module, stages: Sequence[str], found: dict[str, Tensor], versions: dict[str, int]
+) -> Iterator[None]:
     """Collect the outputs of the stages of this thread's forward in `found`; stop at the last."""
     this_thread = threading.local()
     this_thread.runs = True
@@ -143,7 +160,7 @@ def _capture(network: nn.Module, stages: Sequence[str], found: dict[str, Tensor]
             raise ValueError(
                 f"stage {name!r} runs more than once in a forward; name one that does not"
             )
-        found[name] = output
+        found[name], versions[name] = output, _version(output)
         if len(found) == len(stages):
             raise _Reached
 

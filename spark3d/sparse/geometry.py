@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 Padding = tuple[tuple[int, int], ...]
 """Sites added before and after each axis."""
 
@@ -63,3 +65,24 @@ def nearest_sizes(size: Sequence[int], cell_size: Sequence[int]) -> str:
                 f"that fit are {around}"
             )
     return "; ".join(parts)
+
+
+def padded_size(size: Sequence[int], unit: Sequence[int]) -> tuple[int, ...]:
+    """The smallest multiples of `unit` that hold `size`."""
+    return tuple(-(-n // side) * side for n, side in zip(size, unit, strict=True))
+
+
+def pad_crops(crops: Tensor, unit: Sequence[int]) -> Tensor:
+    """`(b, c, *size)` made longer at the end of each axis, up to whole multiples of `unit`.
+
+    The new voxels are as dark as the darkest of their crop and channel. To the encoder and the
+    objective they are voxels like others.
+    """
+    size = tuple(crops.shape[2:])
+    full = padded_size(size, unit)
+    if full == size:
+        return crops
+    dark = crops.flatten(2).amin(2).view(*crops.shape[:2], *(1,) * len(size))
+    out = dark.repeat(1, 1, *full)
+    out[(..., *(slice(n) for n in size))] = crops
+    return out

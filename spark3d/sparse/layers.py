@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from spark3d.sparse import rows
@@ -21,17 +20,20 @@ class Masked(nn.Module):
     """Base of every mask-aware layer: dense unless the encoder's slot holds a masked forward.
 
     To teach the core a layer of your own, derive from this class, write `masked`, and call
-    `convert.register_masked(YourLayer, YourMaskedLayer)` once.
+    `convert.register_masked(YourLayer, YourMaskedLayer)` once; a layer that works on each site
+    alone is registered with `Pointwise`.
     """
 
     dense_class: type[nn.Module]
     mask_slot: LayerSlot
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        run = self.mask_slot.slot.run
+        slot = self.mask_slot.slot
+        run = slot.run
         if run is None:
-            _refuse_recomputation(self.mask_slot.name)
-            return super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            if not slot.told:
+                _refuse_recomputation(self.mask_slot.name)
+            return self.dense_forward(*args, **kwargs)
         try:
             return self.masked(run, *args, **kwargs)
         except GeometryError as error:
@@ -42,6 +44,10 @@ class Masked(nn.Module):
         stacks there.
         """
         raise NotImplementedError
+
+    def dense_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the layer does where nothing is hidden: its own forward from before conversion."""
+        return super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     @classmethod
     def check(cls, layer: nn.Module) -> str:
@@ -71,7 +77,7 @@ def _blank(mixin: type[Masked], dense: type[nn.Module]) -> Masked:
 
 def _refuse_recomputation(name: str) -> None:
     """A recomputation inside backward has lost the mask of its forward: never run it densely."""
-    if torch._C._current_graph_task_id() != -1:
+    if rows.recomputing():
         raise RuntimeError(
             f"layer {name!r} is recomputed during backward, outside the forward that set its mask: "
             "switch off the network's own activation checkpointing and name the modules in "
@@ -79,12 +85,21 @@ def _refuse_recomputation(name: str) -> None:
         )
 
 
+class Pointwise(Masked):
+    """A layer that works on each site alone, so that the dense layer is exact (an activation)."""
+
+    def masked(self, run: Run, *args: Any, **kwargs: Any) -> Any:
+        del run
+        return self.dense_forward(*args, **kwargs)
+
+
 class Unsupported(Masked):
     """A layer without a masked meaning: usable densely, refused by name in a masked forward."""
 
     def masked(self, run: Run, *args: Any, **kwargs: Any) -> Tensor:
         _, name, reason = self.mask_slot
-        dense = self.dense_class
+        kinds = type(self).__mro__
+        dense = kinds[kinds.index(Masked) + 1]
         raise TypeError(
             f"layer {name!r} ({dense.__module__}.{dense.__qualname__}) cannot be masked: {reason}; "
             "derive a class from spark3d.sparse.layers.Masked that says what it does and call "

@@ -6,22 +6,19 @@ at which it shows. Nothing of the encoder is touched: everything runs on a float
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from spark3d.sparse import functional
 from spark3d.sparse.cells import unpack
 from spark3d.sparse.convert import restore_dense
-from spark3d.sparse.encoder import SparseEncoder, stage_outputs
+from spark3d.sparse.encoder import Backend, SparseEncoder, stage_outputs
 from spark3d.sparse.geometry import nearest_sizes
 from spark3d.sparse.layers import Masked
 from spark3d.sparse.mask import CellMask, random_mask
-from spark3d.sparse.pyramid import Pyramid
+from spark3d.sparse.trial import Trial
 
 TOLERANCE = 1e-8
 """Largest difference, relative to the largest value, that counts as rounding in float64."""
@@ -90,9 +87,8 @@ def prove(
     mask = random_mask(batch, [n // c for n, c in zip(size, cell, strict=True)], ratio, cell, rng)
     mask = mask.to(device)
     crops = torch.randn(batch, in_channels, *size, generator=rng, dtype=torch.float64).to(device)
-    trial = _Trial(encoder, crops, mask, seed)
-    maps = trial.run("reference")
-    strides = tuple(tuple(n // m for n, m in zip(size, y.shape[2:], strict=True)) for y in maps)
+    trial = Trial(encoder, crops, mask, seed)
+    maps, strides = trial.find_maps()
     checks = (
         _hidden_voxels(trial, "reference"),
         _hidden_sites(trial),
@@ -101,61 +97,6 @@ def prove(
         _undone(trial),
     )
     return Proof(checks, tuple(y.shape[1] for y in maps), strides)
-
-
-class _Trial:
-    """One encoder with crops and a mask, run under hooks and the same random numbers each time."""
-
-    def __init__(self, encoder: SparseEncoder, crops: Tensor, mask: CellMask, seed: int) -> None:
-        self.encoder, self.crops, self.mask, self.seed = encoder, crops, mask, seed
-        self.chosen = encoder.backend
-        self.fits_packed = True
-        self.rows = mask.batch * mask.n_visible
-        self.names = {layer: name for name, layer in encoder.network.named_modules() if name}
-
-    def run(
-        self,
-        backend: Literal["packed", "reference"],
-        crops: Tensor | None = None,
-        mask: CellMask | None = None,
-        hook: Callable[[str, Tensor], Tensor | None] | None = None,
-    ) -> Pyramid:
-        """The pyramid; `hook` sees every layer's output by name, and may replace it."""
-        self.encoder.backend = backend
-        torch.manual_seed(self.seed)
-        with self._hooked(hook), torch.no_grad():
-            # batch statistics move the running ones: every run starts from the same
-            state = copy.deepcopy(self.encoder.state_dict())
-            pyramid = self.encoder(crops if crops is not None else self.crops, mask or self.mask)
-            self.encoder.load_state_dict(state)
-        return pyramid
-
-    @contextmanager
-    def _hooked(self, hook: Callable[[str, Tensor], Tensor | None] | None) -> Iterator[None]:
-        def on(layer: nn.Module, inputs: Any, output: Any) -> Tensor | None:
-            del inputs
-            if hook is None or not isinstance(output, Tensor):
-                return None
-            return hook(self.names[layer], output)
-
-        handles = [layer.register_forward_hook(on) for layer in self.names]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def is_map(self, y: Tensor) -> bool:
-        """`y` is a dense map of this mask's crops, channels first."""
-        if y.ndim != self.mask.ndim + 2 or y.shape[0] != self.mask.batch:
-            return False
-        return all(
-            n % g == 0 or g % n == 0 for n, g in zip(y.shape[2:], self.mask.grid, strict=True)
-        )
-
-    def visible(self, y: Tensor) -> Tensor:
-        """A copy of an output, hidden sites emptied where it is a dense map."""
-        return functional.hide(y, self.mask) if self.is_map(y) else y.clone()
 
 
 def _copy(encoder: SparseEncoder, rng: torch.Generator) -> SparseEncoder:
@@ -171,18 +112,17 @@ def _copy(encoder: SparseEncoder, rng: torch.Generator) -> SparseEncoder:
     return encoder
 
 
-def _hidden_voxels(trial: _Trial, backend: Literal["packed", "reference"]) -> Check:
+def _hidden_voxels(trial: Trial, backend: Backend) -> Check:
     """Replace every hidden voxel by large noise; compare bit for bit, layer by layer."""
     keep = trial.mask.at(trial.mask.size)
     noise = 1e3 * torch.randn_like(trial.crops)
-    seen: list[tuple[str, Tensor]] = []
-    before = trial.run(backend, hook=lambda name, y: seen.append((name, trial.visible(y))))
-    calls, leaking = iter(seen), ""
+    before, seen = trial.outputs(backend)
+    leaking = ""
 
-    def compare(name: str, y: Tensor) -> None:
+    def compare(call: int, name: str, y: Tensor) -> None:
         nonlocal leaking
-        if not torch.equal(next(calls)[1], trial.visible(y)):
-            leaking = leaking or name
+        if not leaking and not torch.equal(seen[call], trial.visible(call, y)):
+            leaking = name
 
     after = trial.run(backend, torch.where(keep, trial.crops, noise), hook=compare)
     same = all(map(torch.equal, before.maps, after.maps))
@@ -190,43 +130,42 @@ def _hidden_voxels(trial: _Trial, backend: Literal["packed", "reference"]) -> Ch
     return Check(claim, same, "" if same else leaking)
 
 
-def _hidden_sites(trial: _Trial) -> Check:
+def _hidden_sites(trial: Trial) -> Check:
     """Put noise at the hidden sites of every map on its way; visible features must not notice.
 
     The innermost layer whose own visible output changes is the one that read a hidden site.
     """
-    seen: list[tuple[str, Tensor]] = []
-    before = trial.run("reference", hook=lambda name, y: seen.append((name, trial.visible(y))))
-    calls, leaking = iter(seen), ""
+    before, seen = trial.outputs("reference")
+    leaking = ""
 
-    def poison(name: str, y: Tensor) -> Tensor | None:
+    def poison(call: int, name: str, y: Tensor) -> Tensor | None:
         nonlocal leaking
-        if not torch.equal(next(calls)[1], trial.visible(y)):
-            leaking = leaking or name
-        if not trial.is_map(y):
+        if not leaking and not torch.equal(seen[call], trial.visible(call, y)):
+            leaking = name
+        axes = trial.axes_of(call, y)
+        if not axes:
             return None
         noise = 7.0 + torch.arange(y.numel(), device=y.device).view_as(y) % 13
-        return torch.where(trial.mask.at(y.shape[2:]), y, noise.to(y.dtype))
+        return trial.where_hidden(axes, y, noise.to(y.dtype))
 
     after = trial.run("reference", hook=poison)
     same = all(map(torch.equal, before.maps, after.maps))
     return Check("no layer reads what hidden sites hold", same, "" if same else leaking)
 
 
-def _packed(trial: _Trial) -> tuple[Check, ...]:
+def _packed(trial: Trial) -> tuple[Check, ...]:
     """The packed features equal the reference, and hidden voxels do not reach them either."""
     claim = "packed equals reference"
-    seen: list[tuple[str, Tensor]] = []
-    reference = trial.run("reference", hook=lambda name, y: seen.append((name, trial.visible(y))))
-    calls, differing = iter(seen), ""
+    reference, seen = trial.outputs("reference")
+    differing = ""
 
-    def compare(name: str, y: Tensor) -> None:
+    def compare(call: int, name: str, y: Tensor) -> None:
         nonlocal differing
-        expected = next(calls)[1]
-        if differing or y.ndim != expected.ndim or y.shape[0] != trial.rows:
+        axes = trial.axes[call]
+        if differing or len(axes) != trial.mask.ndim or y.shape[0] != trial.rows:
             return
-        dense = unpack(y, trial.mask)
-        if dense.shape == expected.shape and _apart(dense, expected) > TOLERANCE:
+        dense = unpack(_channels_first(y, axes), trial.mask)
+        if _apart(dense, _channels_first(seen[call], axes)) > TOLERANCE:
             differing = name
 
     try:
@@ -241,7 +180,7 @@ def _packed(trial: _Trial) -> tuple[Check, ...]:
     return first, _hidden_voxels(trial, "packed")
 
 
-def _nothing_hidden(trial: _Trial) -> Check:
+def _nothing_hidden(trial: Trial) -> Check:
     """With every cell visible and fixed statistics, both backends are the dense network."""
     claim = "with nothing hidden, features equal the dense network's"
     encoder = trial.encoder.eval()
@@ -256,7 +195,7 @@ def _nothing_hidden(trial: _Trial) -> Check:
     return Check(claim, apart <= TOLERANCE, detail=f"largest difference {apart:.1e}")
 
 
-def _undone(trial: _Trial) -> Check:
+def _undone(trial: Trial) -> Check:
     """A converted and restored network has its own classes, state and features, bit for bit."""
     claim = "the conversion is undone exactly"
     network = copy.deepcopy(trial.encoder.network).eval()
@@ -277,6 +216,11 @@ def _undone(trial: _Trial) -> Check:
         masked = trial.encoder.eval().dense(trial.crops)
     same = all(map(torch.equal, features, masked))
     return Check(claim, same, detail="" if same else "dense features differ")
+
+
+def _channels_first(y: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """`y` with its spatial `axes` last."""
+    return y.movedim(axes, tuple(range(y.ndim - len(axes), y.ndim)))
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

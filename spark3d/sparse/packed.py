@@ -199,17 +199,20 @@ class _GroupNorm(torch.autograd.Function):
     ) -> Tensor:
         long = _GroupNorm.long(x, batch)
         sizes = batch, x.shape[1], long.shape[2], groups
-        y, mean, rstd = torch.native_group_norm(long, weight, bias, *sizes, eps)
-        ctx.save_for_backward(x, weight, mean, rstd)
+        wide = [None if w is None else at_least_float32(w) for w in (weight, bias)]
+        # PyTorch's channels-last kernel takes E[x^2] - E[x]^2, which cancels unless E[x] is small
+        centre = long.mean(2).view(batch, groups, -1).mean(2)
+        long = long - centre.repeat_interleave(x.shape[1] // groups, dim=1)[..., None, None]
+        y, mean, rstd = torch.native_group_norm(long, *wide, *sizes, eps)
+        ctx.save_for_backward(x, weight, mean + centre, rstd)
         ctx.sizes, ctx.with_bias = sizes, bias is not None
         y = y.to(x.dtype).contiguous(memory_format=torch.channels_last)
         return as_cells(y, x.shape[0], x.shape[2:])
 
     @staticmethod
     def long(x: Tensor, batch: int) -> Tensor:
-        """`(b, c, visible sites, 1)`, channels-last; wide enough for the device's statistics."""
-        long = to_rows(x).view(batch, -1, 1, x.shape[1]).movedim(-1, 1)
-        return long if x.device.type == "cpu" else at_least_float32(long)
+        """`(b, c, visible sites, 1)`, channels-last, wide enough for statistics."""
+        return at_least_float32(to_rows(x).view(batch, -1, 1, x.shape[1]).movedim(-1, 1))
 
     @staticmethod
     @once_differentiable
@@ -218,21 +221,21 @@ class _GroupNorm(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         # in float32: the CPU's bfloat16 gradient of a channels-last map takes seven times as long
         x, weight, mean, rstd = ctx.saved_tensors
-        kind, x, mean, rstd = x.dtype, *map(at_least_float32, (x, mean, rstd))
-        weight = None if weight is None else at_least_float32(weight)
         batch, affine = ctx.sizes[0], weight is not None
         d_long, d_weight, d_bias = torch.ops.aten.native_group_norm_backward(
-            _GroupNorm.long(grads[0].to(x.dtype), batch),
+            _GroupNorm.long(grads[0], batch),
             _GroupNorm.long(x, batch),
             mean,
             rstd,
-            weight,
+            at_least_float32(weight) if affine else None,
             *ctx.sizes,
             [ctx.needs_input_grad[0], affine, ctx.with_bias],
         )
         d_x = None
         if d_long is not None:
-            d_x = from_rows(to_rows(d_long.to(kind)), x.shape[0], x.shape[2:])
+            d_x = from_rows(to_rows(d_long.to(x.dtype)), x.shape[0], x.shape[2:])
+        d_weight = d_weight.to(weight.dtype) if affine else None
+        d_bias = d_bias.to(weight.dtype) if affine and ctx.with_bias else d_bias
         return d_x, d_weight, d_bias, None, None, None
 
 

@@ -35,7 +35,7 @@ def batch_norm(
         if dist.get_world_size(group) > 1:
             return _sync_batch_norm(layer, rows, group)
     momentum = _count_batch(layer)
-    tracked = not layer.training or layer.track_running_stats
+    tracked = not layer.training or (layer.track_running_stats and not recomputing())
     return F.batch_norm(
         rows,
         layer.running_mean if tracked else None,
@@ -48,9 +48,15 @@ def batch_norm(
     )
 
 
+def recomputing() -> bool:
+    """Whether this is a forward inside a backward: activation checkpointing runs it again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def _count_batch(layer: nn.modules.batchnorm._BatchNorm) -> float:
-    """Count this batch if the layer keeps running statistics; return its weight in them."""
-    if not (layer.training and layer.track_running_stats and layer.num_batches_tracked is not None):
+    """Count this batch, once, if the layer keeps running statistics; its weight in them."""
+    keeps = layer.training and layer.track_running_stats and not recomputing()
+    if not keeps or layer.num_batches_tracked is None:
         return layer.momentum or 0.0
     layer.num_batches_tracked.add_(1)
     return 1.0 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
@@ -67,7 +73,8 @@ def _sync_batch_norm(
     mean = sums[:-1] / total
     var = all_reduce((wide - mean).square().sum(dim=0), group=group) / total
     momentum = _count_batch(layer)
-    if layer.training and layer.track_running_stats and layer.running_mean is not None:
+    keeps = layer.training and layer.track_running_stats and not recomputing()
+    if keeps and layer.running_mean is not None:
         with torch.no_grad():
             layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), momentum)
             unbiased = var * (total / (total - 1).clamp_min(1))

@@ -90,15 +90,20 @@ class MaskSlot:
         """The masked forward that is running in this thread, if any."""
         return getattr(self._local, "run", None)
 
+    @property
+    def told(self) -> bool:
+        """Whether this thread is inside `use`, so that None means a dense forward on purpose."""
+        return getattr(self._local, "told", False)
+
     @contextmanager
     def use(self, run: Run | None) -> Iterator[None]:
         """Make `run` the running forward; the former one is back afterwards, whatever happens."""
-        before = self.run
-        self._local.run = run
+        before = self.run, self.told
+        self._local.run, self._local.told = run, True
         try:
             yield
         finally:
-            self._local.run = before
+            self._local.run, self._local.told = before
 
     def __reduce__(self) -> tuple[type["MaskSlot"], tuple[()]]:
         return MaskSlot, ()

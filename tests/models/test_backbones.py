@@ -103,6 +103,7 @@ def test_stages_can_be_chosen() -> None:
         ("timm/efficientnet_b0", 3, {}, "has no 3D twin"),
         ("timm/resnet18", 1, {}, "2 or 3 axes"),
         ("monai/segresnet", 3, {"filters": 3}, "does not take these options"),
+        ("monai/segresnet", 1, {}, "in 1D: .*can only be 2 or 3"),
         ("monai/segresnet", 3, {"stages": ["layer1"]}, "sub-modules are .*down_layers.0"),
         ("timm/resnet18", 2, {"stages": ["layer1", "conv1"]}, "coarser"),
         ("timm/resnet18", 2, {"stages": ["layer1", "layer1.0"]}, "must be a whole multiple"),

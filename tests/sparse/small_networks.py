@@ -8,6 +8,8 @@ import torch
 from monai.networks import nets
 from torch import Tensor, nn
 
+from spark3d.models.backbones import build_backbone
+
 
 @dataclass(frozen=True)
 class Small:
@@ -50,7 +52,7 @@ def plain_cnn(ndim: int, channels_mult: int = 1) -> nn.Module:
     return Plain()
 
 
-def _timm(name: str, **options: object) -> Callable[[], nn.Module]:
+def timm_network(name: str, **options: object) -> Callable[[], nn.Module]:
     return lambda: timm.create_model(name, num_classes=2, **options)
 
 
@@ -63,35 +65,44 @@ def _blocks(*numbers: int) -> tuple[str, ...]:
 
 
 TIMM = {
-    "timm/test_resnet": Small(_timm("test_resnet", drop_path_rate=0.3), RESNET, WIDE, CELL, 3),
+    "timm/test_resnet": Small(
+        timm_network("test_resnet", drop_path_rate=0.3), RESNET, WIDE, CELL, 3
+    ),
     "timm/test_convnext": Small(
-        _timm("test_convnext", drop_path_rate=0.3), CONVNEXT, WIDE, CELL, 3
+        timm_network("test_convnext", drop_path_rate=0.3), CONVNEXT, WIDE, CELL, 3
     ),
     "timm/convnextv2_atto": Small(
-        _timm("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)),
+        timm_network("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)),
         CONVNEXT, WIDE, CELL, 3,
     ),
     "timm/test_efficientnet": Small(
-        _timm("test_efficientnet"), _blocks(1, 2, 3, 4), WIDE, CELL, 3
+        timm_network("test_efficientnet"), _blocks(1, 2, 3, 4), WIDE, CELL, 3
     ),
     "timm/tf_mobilenetv3_small_075": Small(
-        _timm("tf_mobilenetv3_small_075"), _blocks(0, 1, 3, 5), WIDE, CELL, 3
+        timm_network("tf_mobilenetv3_small_075"), _blocks(0, 1, 3, 5), WIDE, CELL, 3
+    ),
+    "timm/test_resnet 3d": Small(
+        lambda: build_backbone("timm/test_resnet", 3, 1).network,
+        RESNET[:3], (16, 32, 16), (16,) * 3,
+    ),
+    "timm/test_convnext 3d": Small(
+        lambda: build_backbone("timm/test_convnext", 3, 1).network,
+        CONVNEXT[:3], (16, 16, 32), (16,) * 3,
     ),
 }  # fmt: skip
-LARGE = {
-    "timm/resnet18": Small(_timm("resnet18"), RESNET, WIDE, CELL, 3),
-    "timm/resnet50": Small(_timm("resnet50"), RESNET, WIDE, CELL, 3),
-    "timm/convnext_tiny": Small(_timm("convnext_tiny"), CONVNEXT, WIDE, CELL, 3),
-    "timm/convnextv2_tiny": Small(_timm("convnextv2_tiny"), CONVNEXT, WIDE, CELL, 3),
-    "timm/efficientnet_b0": Small(_timm("efficientnet_b0"), _blocks(1, 2, 4, 6), WIDE, CELL, 3),
-    "timm/regnety_002": Small(_timm("regnety_002"), ("s1", "s2", "s3", "s4"), WIDE, CELL, 3),
-}
 
 
-def _mednext(**options: object) -> nn.Module:
+def _bottleneck(ndim: int) -> nn.Module:
+    return nets.ResNet(
+        "bottleneck", [1, 1, 1, 1], [2, 4, 4, 4], spatial_dims=ndim, n_input_channels=1,
+        conv1_t_stride=2, feed_forward=False,
+    )  # fmt: skip
+
+
+def _mednext(ndim: int, **options: object) -> nn.Module:
     ones = (1, 1, 1, 1)
     return nets.MedNeXt(
-        spatial_dims=3, init_filters=4, encoder_expansion_ratio=2, decoder_expansion_ratio=2,
+        spatial_dims=ndim, init_filters=4, encoder_expansion_ratio=2, decoder_expansion_ratio=2,
         bottleneck_expansion_ratio=2, blocks_down=ones, blocks_bottleneck=1, blocks_up=ones,
         kernel_size=3, **options,
     )  # fmt: skip
@@ -122,11 +133,35 @@ MONAI = {
         ),
         ("input_block", "downsamples.0", "bottleneck"), (6, 12, 8), (2, 4, 4),
     ),
-    "monai/mednext 3d": Small(_mednext, MEDNEXT, (32, 32, 16), (16, 16, 16)),
+    "monai/mednext 3d": Small(lambda: _mednext(3), MEDNEXT, (32, 32, 16), (16, 16, 16)),
     "monai/mednext 3d, grn": Small(
-        lambda: _mednext(global_resp_norm=True, use_residual_connection=True),
+        lambda: _mednext(3, global_resp_norm=True, use_residual_connection=True),
         MEDNEXT, (32, 16, 32), (16, 16, 16),
     ),
+    "monai/resnet 1d, bottleneck": Small(
+        lambda: _bottleneck(1), RESNET, (96,), (32,)
+    ),
+    "monai/resnet 2d, bottleneck": Small(
+        lambda: _bottleneck(2), RESNET, (64, 96), (32, 32)
+    ),
+    "monai/dynunet 2d, anisotropic": Small(
+        lambda: nets.DynUNet(
+            2, 1, 2, [[1, 3], 3, 5], [1, [1, 2], 2], [[1, 2], 2], filters=[4, 8, 8]
+        ),
+        ("input_block", "downsamples.0", "bottleneck"), (12, 16), (4, 4),
+    ),
+    "monai/mednext 2d": Small(lambda: _mednext(2), MEDNEXT, (48, 32), (16, 16)),
+}  # fmt: skip
+RESENC = {
+    f"nnunet/resenc {n}d": Small(
+        lambda n=n: build_backbone(
+            "nnunet/resenc", n, 1, features=(4, 8, 8), blocks=(1, 2, 1),
+            strides=(1, [2] * n, [1] * (n - 1) + [2]),
+            kernel_size=(3, [3] * n, [1] * (n - 1) + [3]),
+        ).network,
+        tuple(f"encoder.stages.{i}" for i in range(3)), (8, 12, 8)[:n], (2, 2, 4)[-n:],
+    )
+    for n in (1, 2, 3)
 }  # fmt: skip
 OWN = {
     f"own {n}d": Small(lambda n=n: plain_cnn(n), ("stem", "layer1", "layer2"), (12,) * n, (4,) * n)

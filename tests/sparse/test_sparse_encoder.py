@@ -12,7 +12,7 @@ import pytest
 import torch
 from both_backends import draw_mask
 from monai.networks import nets
-from small_networks import plain_cnn
+from small_networks import ALL, plain_cnn
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -290,6 +290,49 @@ def test_recomputing_activations_gives_the_same_gradients(backend: str, batch: t
     assert not any("mask_slot" in vars(m) for m in network.modules())
 
 
+RECOMPUTED = {
+    "a convolution": ("own 2d", ("stem.0", "layer2.0")),
+    "a norm": ("own 2d", ("stem.1",)),
+    "squeeze-excite": ("timm/test_efficientnet", ("blocks.1", "blocks.2.0.se")),
+    "response norm": ("monai/mednext 3d, grn", ("enc_stages.0.0", "bottleneck")),
+}
+
+
+@both
+@pytest.mark.parametrize(("name", "names"), RECOMPUTED.values(), ids=RECOMPUTED)
+def test_mask_aware_layers_can_be_recomputed_themselves(
+    name: str, names: tuple[str, ...], backend: str
+) -> None:
+    small = ALL[name]
+    plain = SparseEncoder(small.build(), small.stages, len(small.size), backend).double()
+    network = restored(copy.deepcopy(plain.network))
+    saving = SparseEncoder(network, small.stages, len(small.size), backend, checkpoint=names)
+    grid = [n // c for n, c in zip(small.size, small.cell, strict=True)]
+    crops = torch.randn(2, small.in_channels, *small.size).double()
+    mask = draw_mask(grid, small.cell, 0.5)
+    for dense in (False, True):
+        found = []
+        for encoder in (plain, saving):
+            encoder.zero_grad()
+            torch.manual_seed(0)
+            maps = encoder.dense(crops) if dense else encoder(crops, mask).maps
+            sum(y.square().mean() for y in maps).backward()
+            found.append([*maps, *(p.grad for p in encoder.parameters() if p.grad is not None)])
+        assert len(found[0]) == len(found[1])
+        assert all(map(torch.equal, *found))
+        if not dense:  # a recomputed batch is counted once
+            assert all(map(torch.equal, plain.buffers(), saving.buffers()))
+
+
+def test_a_layer_without_a_meaning_is_refused_when_recomputed_too(batch: tuple) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Softmax2d())
+    encoder = SparseEncoder(network, ("1",), 2, checkpoint=("1",)).double()
+    with pytest.raises(TypeError, match=r"layer '1' \(torch.*Softmax2d\) .*not defined"):
+        encoder(*batch)
+    restore_dense(network)
+    assert type(network[1]) is nn.Softmax2d
+
+
 def test_recomputation_outside_the_masked_forward_is_refused(batch: tuple) -> None:
     class Recomputing(nn.Module):
         def __init__(self) -> None:
@@ -358,7 +401,7 @@ def test_a_module_registered_twice_stays_one_module() -> None:
 COMPILED = """
 import torch
 from both_backends import draw_mask
-from small_networks import plain_cnn
+from small_networks import ALL, plain_cnn
 from spark3d.sparse import SparseEncoder
 
 encoder = SparseEncoder(plain_cnn(2), ("stem", "layer1", "layer2"), 2).double().eval()

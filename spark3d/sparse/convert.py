@@ -53,6 +53,7 @@ MASKED: Mapping[type[nn.Module], type[Masked]] = MappingProxyType(
 
 LAYER_NORMS = (
     "torch.nn.modules.normalization.LayerNorm",
+    "torch.nn.modules.normalization.RMSNorm",
     "timm.layers.norm.LayerNorm",
     "timm.layers.norm.LayerNormFp32",
     "timm.layers.norm.LayerNorm2d",
@@ -203,7 +204,7 @@ def _meaning(layer: nn.Module) -> tuple[type[Masked] | None, str]:
             return None, ""
         return (
             Unsupported,
-            f"LayerNorm over normalized_shape={shape} mixes sites; only over channels is defined",
+            f"{kind.__name__} over normalized_shape={shape} mixes sites; only channels is defined",
         )
     composed = next(layer.children(), None) is not None and not kind.__module__.startswith(
         "torch.nn."

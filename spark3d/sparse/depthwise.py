@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spark3d.sparse.functional import CONV
+from spark3d.sparse.rows import at_least_float32
 
 THICK = 8
 """Slices of a 3D output from which on the gradient of its kernel is taken slice by slice."""
@@ -97,7 +98,7 @@ def weight_gradient(
         folded = maps.unsqueeze(0).movedim(-1, 1)
         total = CONV[ndim](folded, kernels, None, dilation, padding, stride, n * c)[0]
     total = total[(slice(None), *(slice(0, k) for k in kernel))]
-    return total.reshape(n, c, *kernel).sum(dim=0).unsqueeze(1)
+    return total.reshape(n, c, *kernel).sum(dim=0).unsqueeze(1).to(grad.dtype)
 
 
 def _by_slices(
@@ -120,6 +121,7 @@ def _by_slices(
         begin = number * stride[0]
         slices = maps[begin : begin + reach : dilation[0]].movedim(-1, 1)
         y = conv(slices, part, None, dilation[1:], padding[1:], stride[1:], len(kernels))
+        y = at_least_float32(y)
         total = y if total is None else total + y
     assert total is not None
     return total.movedim(0, 1)

@@ -217,7 +217,7 @@ class MaskedGlobalPool(Masked):
     @classmethod
     def check(cls, layer: Any) -> str:
         size = layer.output_size
-        if set(size if isinstance(size, tuple) else (size,)) == {1}:
+        if set(size if isinstance(size, tuple | list) else (size,)) == {1}:
             return ""
         return f"adaptive pooling to {size} sites has no meaning where sites are hidden, only to 1"
 

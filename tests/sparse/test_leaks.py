@@ -94,7 +94,7 @@ def test_a_stage_that_is_changed_afterwards_is_refused(inplace: bool) -> None:
     encoder = SparseEncoder(net, ("0", "2"), 2)
     crops, mask = torch.randn(2, 1, 8, 8), draw_mask((2, 2), (4, 4))
     if not inplace:
-        assert float(encoder(crops, mask)[0].min()) < 0
+        assert (encoder(crops, mask)[0] < 0).any()
         return
     with pytest.raises(ValueError, match="stage '0': a later layer changes its output in place"):
         encoder(crops, mask)

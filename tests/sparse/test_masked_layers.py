@@ -7,6 +7,9 @@ import torch
 from both_backends import assert_both_equal, draw_mask, run_both
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from timm.layers.drop import DropPath
+from timm.layers.grn import GlobalResponseNorm
+from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
 from spark3d.sparse import functional, packed
@@ -248,6 +251,35 @@ def test_channel_dropout_is_drawn_per_sample(ndim: int) -> None:
     kept = reference["output"].flatten(2).amax(2) > 0
     assert 0.2 < kept.double().mean() < 0.8
     assert not torch.equal(kept[0], kept[1])
+
+
+COMPOSITES = {
+    "drop path": lambda: DropPath(0.5),
+    "drop path, not scaled": lambda: DropPath(0.5, scale_by_keep=False),
+    "response norm": lambda: GlobalResponseNorm(4, channels_last=False),
+    "batch norm, activated": lambda: BatchNormAct2d(4),
+}
+
+
+@dims
+@pytest.mark.parametrize("make", COMPOSITES.values(), ids=COMPOSITES)
+def test_composites(ndim: int, make: object) -> None:
+    mask = draw_mask(GRID[ndim], CELL[ndim], batch=4)
+    layer = make().double().train()  # type: ignore[operator]
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, 1.0, 0.5)
+    assert_both_equal(layer, torch.randn(4, 4, *mask.size, dtype=torch.float64), mask)
+
+
+def test_drop_path_is_drawn_per_sample() -> None:
+    mask = draw_mask((3, 4), (2, 2), batch=16)
+    x = 1 + torch.rand(16, 3, *mask.size, dtype=torch.float64)
+    reference, fast = run_both(DropPath(0.5), x, mask)
+    torch.testing.assert_close(reference["output"], fast["output"])
+    share = reference["output"].div(x).flatten(1)
+    levels = [set(row[row > 0].round(decimals=6).tolist()) for row in share]
+    assert {len(level) for level in levels} == {0, 1}
+    assert set().union(*levels) == {2.0}
 
 
 def test_max_pool_treats_hidden_sites_as_absent() -> None:

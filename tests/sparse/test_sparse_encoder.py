@@ -171,7 +171,9 @@ UNMASKABLE = {
     "adaptive": (nn.AdaptiveAvgPool2d(3), "only to 1"),
     "divisor": (nn.AvgPool2d(2, divisor_override=3), "divisor_override"),
     "tracking": (nn.InstanceNorm2d(1, track_running_stats=True), "track_running_stats"),
-    "spatial layer norm": (nn.LayerNorm([1, 12, 16]), "normalized_shape"),
+    "adaptive, listed": (nn.AdaptiveAvgPool2d([3, 1]), "only to 1"),
+    "spatial layer norm": (nn.LayerNorm([1, 12, 16]), "LayerNorm over normalized_shape"),
+    "spatial RMS norm": (nn.RMSNorm([12, 16]), "RMSNorm over normalized_shape"),
     "softmax": (nn.Softmax2d(), "not defined"),
     "transposed": (nn.ConvTranspose2d(1, 1, 2, 2), "not defined"),
     "lp pool": (nn.LPPool2d(2, 2), "not defined"),
@@ -401,13 +403,14 @@ def test_a_module_registered_twice_stays_one_module() -> None:
 COMPILED = """
 import torch
 from both_backends import draw_mask
-from small_networks import ALL, plain_cnn
-from spark3d.sparse import SparseEncoder
+from small_networks import plain_cnn
+from spark3d.sparse import SparseEncoder, restore_dense
 
 encoder = SparseEncoder(plain_cnn(2), ("stem", "layer1", "layer2"), 2).double().eval()
 compiled = torch.compile(encoder, backend="aot_eager")
 crops = torch.randn(2, 1, 12, 16, dtype=torch.float64)
-for seed in (0, 9, 0):
+for seed, training in ((0, False), (9, False), (0, True), (9, True)):
+    encoder.train(training)
     mask = draw_mask((3, 4), (4, 4), seed=seed)
     grads = []
     for run in (encoder, compiled):
@@ -417,13 +420,20 @@ for seed in (0, 9, 0):
         grads.append([*maps, *(p.grad for p in encoder.parameters() if p.grad is not None)])
     for expected, found in zip(*grads, strict=True):
         torch.testing.assert_close(found, expected)
+network = encoder.network.eval()
+restore_dense(network)
+whole = torch.compile(network, backend="aot_eager", fullgraph=True)
+torch.testing.assert_close(whole(crops), network(crops))
 print("equal")
 """
 
 
 @pytest.mark.slow
 def test_compiling_changes_no_number() -> None:
-    """In a process of its own, without run-time type checks, which the compiler cannot trace."""
+    """Masked with graph breaks, restored as one graph.
+
+    In a process of its own, without run-time type checks, which the compiler cannot trace.
+    """
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning:torch", "-c", COMPILED],
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,

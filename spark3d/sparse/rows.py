@@ -35,11 +35,15 @@ def batch_norm(
         if dist.get_world_size(group) > 1:
             return _sync_batch_norm(layer, rows, group)
     momentum = _count_batch(layer)
-    tracked = not layer.training or (layer.track_running_stats and not recomputing())
+    tracked = not layer.training or layer.track_running_stats
+    mean, var = (layer.running_mean, layer.running_var) if tracked else (None, None)
+    if training and mean is not None and var is not None and recomputing():
+        # the batch was counted in the forward; a recomputation must save as many tensors as it
+        mean, var = mean.clone(), var.clone()
     return F.batch_norm(
         rows,
-        layer.running_mean if tracked else None,
-        layer.running_var if tracked else None,
+        mean,
+        var,
         layer.weight,
         layer.bias,
         training,

@@ -110,7 +110,7 @@ def _cell(text: str, dims: int) -> tuple[int, ...]:
         raise ConfigError(
             f"--cell-size {text!r}: give one number, or one per axis: 4,16,16"
         ) from None
-    return build.sizes(numbers[0] if len(numbers) < 2 else numbers, dims, "--cell-size")
+    return build.sizes(numbers * dims if len(numbers) == 1 else numbers, dims, "--cell-size")
 
 
 def stage_table(backbone: str, stages: Sequence[str], proof: Proof) -> Table:

@@ -199,11 +199,12 @@ class _GroupNorm(torch.autograd.Function):
     ) -> Tensor:
         long = _GroupNorm.long(x, batch)
         sizes = batch, x.shape[1], long.shape[2], groups
-        wide = [None if w is None else at_least_float32(w) for w in (weight, bias)]
+        scale = None if weight is None else at_least_float32(weight)
+        offset = None if bias is None else at_least_float32(bias)
         # PyTorch's channels-last kernel takes E[x^2] - E[x]^2, which cancels unless E[x] is small
         centre = long.mean(2).view(batch, groups, -1).mean(2)
         long = long - centre.repeat_interleave(x.shape[1] // groups, dim=1)[..., None, None]
-        y, mean, rstd = torch.native_group_norm(long, *wide, *sizes, eps)
+        y, mean, rstd = torch.native_group_norm(long, scale, offset, *sizes, eps)
         ctx.save_for_backward(x, weight, mean + centre, rstd)
         ctx.sizes, ctx.with_bias = sizes, bias is not None
         y = y.to(x.dtype).contiguous(memory_format=torch.channels_last)

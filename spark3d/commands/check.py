@@ -15,8 +15,8 @@ from spark3d.recipe_files import apply_override
 from spark3d.sparse.encoder import SparseEncoder
 from spark3d.sparse.leaks import Proof, prove
 
-GRID = {1: 8, 2: 4, 3: 3}
-"""Cells per axis of the crop that is checked: small, and enough for every kind of neighbour."""
+GRID = {1: (8,), 2: (4, 4), 3: (2, 2, 3)}
+"""Cells of the crop that is checked: small, and enough for every kind of neighbour."""
 
 
 def check_command(
@@ -82,7 +82,7 @@ def check_network(
     console, name = console or Console(), name or type(network).__name__
     stride = probe(network, stages, ndim, in_channels).strides[-1]
     cell = stride if cell_size is None else tuple(cell_size)
-    size = tuple(lcm(c, s) * GRID[ndim] for c, s in zip(cell, stride, strict=True))
+    size = tuple(n * lcm(c, s) for n, c, s in zip(GRID[ndim], cell, stride, strict=True))
     whole = all(c % s == 0 for c, s in zip(cell, stride, strict=True))
     twin = copy.deepcopy(network)
     try:

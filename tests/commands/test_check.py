@@ -22,7 +22,7 @@ CHECKED: dict[str, tuple[str, ...]] = {
         *("--dims", "2", "--in-channels", "3"),
     ),
     "response norm": ("timm/convnextv2_tiny", *TINY, "--dims", "2"),
-    "inflated": ("timm/test_resnet", "--dims", "3", "--ratio", "0.8"),
+    "inflated": ("timm/test_resnet", "stages=[layer1,layer2]", "--dims", "3", "--ratio", "0.8"),
     "one axis": ("monai/resnet10", "widen_factor=0.125", "--dims", "1"),
     "per axis": (
         *("monai/dynunet", "strides=[1,[1,2,2],2]", "kernel_size=[[1,3,3],3,3]"),
@@ -122,6 +122,6 @@ def test_layers_without_a_meaning_and_stages_that_are_not_there_are_named() -> N
 
 
 def test_options_reach_the_network() -> None:
-    options = ("init_filters=4", "blocks_down=[1,1]")
+    options = ("init_filters=16", "blocks_down=[1,1]")
     proof = check_command("monai/segresnet", 2, options=options, console=QUIET)
-    assert proof.channels == (4, 8)
+    assert proof.channels == (16, 32)

@@ -288,12 +288,9 @@ def check(
     dims: Annotated[int, typer.Option(help="Spatial axes: 1, 2 or 3.")] = 3,
     in_channels: Annotated[int, typer.Option(help="Channels of the input.")] = 1,
     ratio: Annotated[float, typer.Option(help="Share of hidden cells.")] = 0.6,
-    cell_size: Annotated[
-        str | None,
-        typer.Option(help="Voxels of a cell, one number or one per axis; default total stride."),
-    ] = None,
+    cell_size: Annotated[str | None, typer.Option(help="Voxels of a cell: 8, or 4,8,8.")] = None,
     options: Annotated[
-        list[str] | None, typer.Argument(help="name=value of the network, as in model.options.")
+        list[str] | None, typer.Argument(help="name=value, for the network.")
     ] = None,
 ) -> None:
     """Prove that a backbone leaks nothing when masked, and that both backends agree on it.

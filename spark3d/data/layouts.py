@@ -5,7 +5,7 @@ Only names and `dataset.json` are read here, no volume.
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -277,13 +277,29 @@ def _volumes(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path, deep: bool = False) -> list[Path]:
-    """Files of a folder, without hidden ones (such as `._*` in archives from macOS)."""
+    """Files of a folder, without hidden ones (such as `._*` in archives from macOS).
+
+    Raises:
+        DataError: a folder that may not be read; its cases would be missed without a word.
+    """
     if not folder.is_dir():
         return []
-    found = folder.rglob("*") if deep else folder.iterdir()
-    return sorted(
-        path
-        for path in found
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and not path.is_dir()
-    )
+    found = _walk(folder, set()) if deep else folder.iterdir()
+    return sorted(path for path in found if not path.name.startswith(".") and not path.is_dir())
+
+
+def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """All files under a folder; linked folders too, each real one once, so that circles end."""
+    seen.add(folder.resolve())
+    try:
+        entries = sorted(folder.iterdir())
+    except PermissionError:
+        raise fault(
+            "E-UNREADABLE", folder, "a folder that may not be read", "read access to all of it",
+            "change its permissions, or move it out of the data folder",
+        ) from None  # fmt: skip
+    for path in entries:
+        if not path.is_dir():
+            yield path
+        elif not path.name.startswith(".") and path.resolve() not in seen:
+            yield from _walk(path, seen)

@@ -88,6 +88,27 @@ def test_a_disk_that_gets_full_leaves_the_earlier_case_and_says_so(source, tmp_p
     assert "1 written + 2 already there" in run(*words)[1]
 
 
+def test_linked_folders_are_searched_each_real_one_once(source, tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "a").symlink_to(source)
+    (tmp_path / "links" / "b").symlink_to(source)
+    assert len(find_cases(tmp_path / "links")) == 3
+
+
+def test_a_folder_that_may_not_be_read_is_no_empty_one(source, tmp_path, monkeypatch):
+    closed, listing = source / "closed", Path.iterdir
+    closed.mkdir()
+
+    def refuse(folder):
+        if folder == closed:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listing(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(DataError, match=r"E-UNREADABLE.*closed.*permissions"):
+        find_cases(source)
+
+
 def test_links_that_lead_in_a_circle_end_in_one_line(source, tmp_path):
     (source / "again").symlink_to(source)
     assert len(find_cases(source)) == 3

@@ -10,6 +10,14 @@ import typer
 
 from spark3d import __version__
 from spark3d.cli_bench import bench
+from spark3d.cli_evaluation import (
+    bench_predict,
+    evaluate,
+    export,
+    label_efficiency,
+    report,
+)
+from spark3d.cli_options import Overrides, numbers, required, split_recipe
 from spark3d.cli_weights import weights
 from spark3d.errors import ConfigError, DataError, EnvironmentProblem, Interrupted
 
@@ -24,19 +32,7 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.add_typer(weights, name="weights")
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="A recipe (name or YAML file), then overrides `section.key=value`."),
-]
 Geometry = Literal["agree", "sform", "qform"]
-
-
-def split_recipe(arguments: list[str] | None) -> tuple[str | None, tuple[str, ...]]:
-    """The recipe's name, if the first argument is not an override, and the overrides."""
-    given = arguments or []
-    if given and "=" not in given[0]:
-        return given[0], tuple(given[1:])
-    return None, tuple(given)
 
 
 @app.callback(invoke_without_command=True)
@@ -245,41 +241,10 @@ def predict(
     )
 
 
-@app.command()
-def evaluate(
-    predictions: Annotated[Path, typer.Option(help="Folder of predicted label maps.")],
-    references: Annotated[Path, typer.Option(help="Dataset, or folder of reference label maps.")],
-    out: Annotated[Path, typer.Option(help="Gets evaluation.json, evaluation.csv and overlays.")],
-    name: Annotated[str | None, typer.Option(help="What tables call these predictions.")] = None,
-    tolerance_mm: Annotated[
-        float | None, typer.Option(help="Of the normalised surface Dice; default the run's, or 2.")
-    ] = None,
-    partial: Annotated[bool, typer.Option(help="Leave out references without prediction.")] = False,
-) -> None:
-    """Score predictions per case and organ, in mm, on the original grid.
-
-    Example: `spark3d evaluate --predictions predictions/ --references labels/ --out scores/`
-    """
-    from spark3d.commands.evaluate import evaluate_command
-
-    evaluate_command(predictions, references, out, name, tolerance_mm=tolerance_mm, partial=partial)
-
-
-@app.command()
-def report(
-    folders: Annotated[
-        list[str], typer.Argument(help="Run and evaluation folders, as FOLDER or NAME=FOLDER.")
-    ],
-    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
-    title: Annotated[str, typer.Option(help="Heading of the page.")] = "spark3d report",
-) -> None:
-    """One HTML page that opens offline: what ran, curves, reconstructions, scores, overlays.
-
-    Example: `spark3d report runs/pre runs/fine scratch=scores/a pre-trained=scores/b`
-    """
-    from spark3d.commands.report import report_command
-
-    typer.echo(f"report: {report_command(folders, out, title)}")
+app.command()(evaluate)
+app.command("label-efficiency")(label_efficiency)
+app.command()(export)
+app.command()(report)
 
 
 @app.command()
@@ -302,6 +267,9 @@ def check(
     check_command(backbone, dims, in_channels, ratio, cell_size, tuple(options or ()))
 
 
+bench.command("predict")(bench_predict)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for phantoms, runs and the report.")] = Path(
@@ -318,29 +286,6 @@ def demo(
     from spark3d.commands.demo import demo_command
 
     demo_command(out, steps)
-
-
-def numbers(text: str, option: str) -> list[str]:
-    """The parts of a comma-separated list of whole numbers.
-
-    Raises:
-        ConfigError: something else stands there.
-    """
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdigit() for part in parts):
-        raise ConfigError(f"{option}={text} must be numbers with commas, e.g. 0,1")
-    return parts
-
-
-def required(value: Path | None, option: str) -> Path:
-    """The option's value.
-
-    Raises:
-        ConfigError: it was not given.
-    """
-    if value is None:
-        raise ConfigError(f"{option} is missing; see --help for a worked example")
-    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -37,6 +37,7 @@ BRANCHES_BY_AXES = MappingProxyType(
 OPTIONAL_IMPORTS = MappingProxyType(
     {
         "cli.py": "commands load what they need when they run",
+        "cli_evaluation.py": "the same for the commands around scores",
         "cli_weights.py": "the same for the group `weights`",
         "cli_bench.py": "the same for the group `bench`",
     }
@@ -226,7 +227,7 @@ def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys\n"
         "from spark3d.cli import app, main\n"
-        "names = [c.callback.__name__ for c in app.registered_commands]\n"
+        "names = [c.name or c.callback.__name__ for c in app.registered_commands]\n"
         "for words in [['--help'], ['--version'], *([n, '--help'] for n in names)]:\n"
         "    try:\n"
         "        main(words)\n"

@@ -11,7 +11,9 @@ import pytest
 from spark3d import __version__, cli
 from spark3d.errors import ConfigError, DataError, EnvironmentProblem, Interrupted
 
-COMMANDS = {c.callback.__name__: c.callback for c in cli.app.registered_commands if c.callback}
+COMMANDS = {
+    c.name or c.callback.__name__: c.callback for c in cli.app.registered_commands if c.callback
+}
 FULL = (
     "error: No space left on device (metrics.jsonl); free space or check rights, then repeat the "
     "command\n"

@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from spark3d.benchmarks.cases import Job, Measure, curve_cases, jobs, main_cases
+from spark3d.benchmarks.predict_cases import PredictJob
 from spark3d.commands.bench_tables import Results, curve_table, footer, main_table
 from spark3d.errors import ConfigError, DataError, EnvironmentProblem
 
@@ -91,14 +92,21 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=130)
 
 
-def in_a_process(job: Job, threads: int) -> dict[str, Any]:
+def in_a_process(
+    job: Job | PredictJob, threads: int, worker: str = "spark3d.benchmarks.worker"
+) -> dict[str, Any]:
     """Run a job in a fresh process with `threads` threads that sleep while they wait.
+
+    Args:
+        job: what to measure.
+        threads: of torch.
+        worker: the module that does it.
 
     Raises:
         EnvironmentProblem: it failed; a process killed for lack of memory is a result.
     """
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads)}
-    call = [sys.executable, "-m", "spark3d.benchmarks.worker", str(threads)]
+    call = [sys.executable, "-m", worker, str(threads)]
     done = subprocess.run(
         [*call, json.dumps(job.as_dict())], env=environment, capture_output=True, text=True
     )
@@ -124,9 +132,7 @@ def load(path: Path, threads: int) -> dict[str, Any]:
         before = document["machine"]["threads"]
         document["results"].keys()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path} holds no results of `spark3d bench core`: choose another"
-        ) from error
+        raise DataError(f"{path} holds no results of `spark3d bench`: choose another") from error
     if before != threads:
         raise DataError(
             f"{path} was measured with {before} threads, not {threads}: choose another file"

@@ -3,7 +3,7 @@
 import logging
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,16 +11,19 @@ import numpy as np
 from rich.console import Console
 
 from spark3d.commands.evaluate_pairs import Pair, Pairs, find_pairs, read_pair, read_record
+from spark3d.commands.report_cases import write_pages
 from spark3d.commands.runs import versions
 from spark3d.data.files import write_atomic
 from spark3d.data.io import read_volume
 from spark3d.engine.logging import step_progress
 from spark3d.errors import ConfigError, EnvironmentProblem
+from spark3d.evaluation.legacy import legacy_table, legacy_variants
 from spark3d.evaluation.metrics import ABSENT_RULE, score_case
 from spark3d.evaluation.results import FILE, CaseScores, Evaluation
-from spark3d.evaluation.tables import summary_table
+from spark3d.evaluation.tables import legacy_rich_table, summary_table
 from spark3d.protocols import SMOKE_NOTE
 from spark3d.reports.panels import overlay
+from spark3d.reports.viewer import make_viewer, save_viewer
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +34,10 @@ def evaluate_command(
     out: Path,
     name: str | None = None,
     labels: Mapping[int, str] | None = None,
-    tolerance_mm: float | None = None,
+    tolerance_mm: float | Mapping[str, float] | None = None,
     partial: bool = False,
+    legacy: bool = False,
+    pages: bool = False,
     console: Console | None = None,
 ) -> Evaluation:
     """Score label maps case by case on the grid of the references, and picture three cases.
@@ -45,8 +50,12 @@ def evaluate_command(
             earlier evaluation there are replaced.
         name: how tables call the run; the predictions' folder if not given.
         labels: label -> organ; those recorded with the predictions or the dataset if not given.
-        tolerance_mm: of the normalised surface Dice; that of the run's recipe if not given, or 2.
+        tolerance_mm: of the normalised surface Dice, for all organs, or by name with "" for the
+            others; that of the run's recipe if not given, or 2.
         partial: leave out references without a prediction; they are refused otherwise.
+        legacy: also print Dice as other programs average it (`evaluation.legacy`), and write it to
+            `legacy.csv`; on the resampled grid where `predict` recorded the model's spacing.
+        pages: picture every case, not three, and write a page for each, `cases/<case>.html`.
         console: where the table is printed; stdout by default.
 
     Raises:
@@ -57,28 +66,18 @@ def evaluate_command(
     score, protocol = record.get("score") or {}, record.get("protocol") or {}
     if tolerance_mm is None:
         tolerance_mm = float(score.get("tolerance_mm", 2.0))
-    if not tolerance_mm > 0:
-        raise ConfigError(f"tolerance_mm={tolerance_mm} must be above 0; 1 to 3 mm are usual")
     console = console or Console()
-    make_folder(out)
     pairs = find_pairs(predictions, references, labels, partial)
-    scored = []
-    with step_progress("scoring", len(pairs.cases), show=console.is_terminal) as bar:
-        for pair in pairs.cases:
-            reference, prediction = read_pair(pair, pairs.labels)
-            scores = score_case(
-                prediction.array[0], reference.array[0], pairs.organs, reference.spacing_mm,
-                tolerance_mm,
-            )  # fmt: skip
-            scored.append(CaseScores(pair.id, {o: asdict(s) for o, s in scores.items()}))
-            bar.advance(pair.id)
+    within = tolerances(tolerance_mm, pairs.organs.values())
+    make_folder(out)
+    scored = score_pairs(pairs, within, console.is_terminal)
     name = name or predictions.resolve().name
     if protocol.get("smoke"):
         name = f"{name} ({SMOKE_NOTE})"
-    result = Evaluation(name, pairs.organs, tuple(scored))
+    result = Evaluation(name, pairs.organs, scored)
     shown = ranks(result)
     settings = {
-        "tolerance_mm": tolerance_mm,
+        "tolerance_mm": within if len(set(within.values())) > 1 else next(iter(within.values())),
         "protocol": protocol or None,
         "absent_rule": ABSENT_RULE,
         "grid": "of the reference files",
@@ -92,9 +91,65 @@ def evaluate_command(
     result = replace(result, settings=settings)
     write_atomic(out / FILE, result.to_json().encode())
     write_atomic(out / "evaluation.csv", result.to_csv().encode())
-    draw_overlays(pairs, shown, out / "overlays")
+    drawn = [pair.id for pair in pairs.cases] if pages else list(shown.values())
+    draw_overlays(pairs, drawn, out / "overlays")
+    write_pages(result, out, drawn if pages else [])
     console.print(summary_table(result))
+    if legacy:
+        write_legacy(pairs, out / "legacy.csv", console)
     return result
+
+
+def tolerances(given: float | Mapping[str, float], organs: Iterable[str]) -> dict[str, float]:
+    """The tolerance of every organ in mm.
+
+    Raises:
+        ConfigError: not above 0, an organ that is not scored, or one without a tolerance.
+    """
+    by_name = dict(given) if isinstance(given, Mapping) else {"": given}
+    names = list(organs)
+    if unknown := sorted(by_name.keys() - {"", *names}):
+        raise ConfigError(f"tolerance_mm names {', '.join(unknown)}; scored are {', '.join(names)}")
+    found = {name: by_name.get(name, by_name.get("", 0.0)) for name in names}
+    for name, value in found.items():
+        if not value > 0:
+            raise ConfigError(
+                f"tolerance_mm={value:g} for {name} must be above 0; 1 to 3 mm are usual"
+            )
+    return found
+
+
+def write_legacy(pairs: Pairs, path: Path, console: Console) -> None:
+    """Score all cases again as other programs do, print the means and write every case."""
+    cases = {}
+    for pair in pairs.cases:
+        reference, prediction = read_pair(pair, pairs.labels)
+        cases[pair.id] = legacy_variants(prediction, reference, pairs.organs, pairs.spacing_mm)
+    table = legacy_table(cases, pairs.spacing_mm)
+    console.print(legacy_rich_table(table))
+    if pairs.spacing_mm is None:
+        console.print("not on the resampled grid: no predict.json tells the model's spacing")
+    lines = [",".join(["case", *(f'"{name}"' for name in table.means)])]
+    for case, row in table.cases.items():
+        lines.append(",".join([case, *(f"{row[name]:.6g}" for name in table.means)]))
+    write_atomic(path, ("\n".join(lines) + "\n").encode())
+
+
+def score_pairs(
+    pairs: Pairs, tolerance_mm: float | Mapping[str, float], show: bool
+) -> tuple[CaseScores, ...]:
+    """Score every pair on the grid of its reference; `show` draws a bar."""
+    scored = []
+    with step_progress("scoring", len(pairs.cases), show=show) as bar:
+        for pair in pairs.cases:
+            reference, prediction = read_pair(pair, pairs.labels)
+            scores = score_case(
+                prediction.array[0], reference.array[0], pairs.organs, reference.spacing_mm,
+                tolerance_mm,
+            )  # fmt: skip
+            scored.append(CaseScores(pair.id, {o: asdict(s) for o, s in scores.items()}))
+            bar.advance(pair.id)
+    return tuple(scored)
 
 
 def ranks(scores: Evaluation) -> dict[str, str]:
@@ -110,19 +165,23 @@ def ranks(scores: Evaluation) -> dict[str, str]:
     return seen
 
 
-def draw_overlays(pairs: Pairs, shown: Mapping[str, str], folder: Path) -> None:
-    """Draw the chosen cases, on the image where it is known; older pictures are removed."""
+def draw_overlays(pairs: Pairs, shown: Iterable[str], folder: Path) -> None:
+    """Draw the cases, on the image where it is known, and make them ready for scrolling.
+
+    Older pictures are removed.
+    """
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.png"):
+    for old in (*folder.glob("*.png"), *folder.glob("*.json")):
         old.unlink()
     by_id = {pair.id: pair for pair in pairs.cases}
-    for case in shown.values():
+    for case in shown:
         pair = by_id[case]
         reference, prediction = read_pair(pair, pairs.labels)
-        overlay(
-            image_of(pair, reference.size), reference.array[0], prediction.array[0],
-            folder / f"{case}.png", reference.spacing_mm, pairs.labels, pairs.window,
-        )  # fmt: skip
+        volumes = image_of(pair, reference.size), reference.array[0], prediction.array[0]
+        spacing = reference.spacing_mm
+        overlay(*volumes, folder / f"{case}.png", spacing, pairs.labels, pairs.window)
+        viewer = make_viewer(*volumes, spacing, pairs.labels, pairs.window)
+        save_viewer(viewer, folder / f"{case}.json")
 
 
 def image_of(pair: Pair, size: tuple[int, ...]) -> np.ndarray | None:

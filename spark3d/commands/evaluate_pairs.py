@@ -39,6 +39,7 @@ class Pairs:
         labels: label -> organ.
         window: darkest and brightest intensity for pictures, None to choose by case.
         unpredicted: references left out for lack of a prediction.
+        spacing_mm: of the grid the model reads, None where it is not recorded.
         scored: labels that the run's recipe scores, none for all.
     """
 
@@ -46,6 +47,7 @@ class Pairs:
     labels: dict[int, str]
     window: tuple[float, float] | None
     unpredicted: tuple[str, ...]
+    spacing_mm: tuple[float, ...] | None = None
     scored: tuple[int, ...] = ()
 
     @property
@@ -95,6 +97,7 @@ def find_pairs(
         dict(labels or _labels(record) or declared or _found(pairs)),
         _window(record),
         tuple(missing),
+        _spacing(record),
         tuple((record.get("score") or {}).get("labels", ())),
     )
 
@@ -188,6 +191,11 @@ def _window(record: Mapping[str, Any]) -> tuple[float, float] | None:
     window = record.get("window", {})
     low, high = window.get("low"), window.get("high")
     return None if low is None or high is None else (float(low), float(high))
+
+
+def _spacing(record: Mapping[str, Any]) -> tuple[float, ...] | None:
+    spacing = record.get("spacing_mm")
+    return tuple(float(s) for s in spacing) if spacing else None
 
 
 def _some(values: Iterable[object], most: int = 8) -> str:

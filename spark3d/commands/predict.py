@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -72,6 +72,7 @@ def predict_command(
     geometry: Geometry = "agree",
     nan_fill: float | None = None,
     max_class_map_gib: float = 4.0,
+    only: Collection[str] | None = None,
     console: Console | None = None,
 ) -> Path:
     """Segment volumes; finished label maps of an earlier call with the same model are left alone.
@@ -84,6 +85,7 @@ def predict_command(
         batch: windows per forward pass.
         device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1", ...
         section: only the cases of one section of a dataset, such as "validation".
+        only: only the cases of these ids, all of which must be there.
         console: where progress is drawn; stderr by default.
 
     The other arguments are those of `PredictSettings`.
@@ -102,7 +104,7 @@ def predict_command(
     )
     plan = window_plan(segmenter, settings, batch)
     segmenter.network.to(chosen_device(device))
-    cases = cases_of(data, section)
+    cases = cases_of(data, section, only)
     ledger = Ledger.open(out, model, segmenter, asdict(settings))
     todo = [case for case in cases if not ledger.is_done(case.id)]
     if len(todo) < len(cases):
@@ -223,11 +225,13 @@ def chosen_device(name: str) -> torch.device:
     return device
 
 
-def cases_of(data: Path, section: str | None) -> list[CaseSource]:
+def cases_of(
+    data: Path, section: str | None, only: Collection[str] | None = None
+) -> list[CaseSource]:
     """The volumes to segment, under names that may stand in files.
 
     Raises:
-        DataError: none.
+        DataError: none, or no volume of an id in `only`.
     """
     one = data.is_file()
     cases = [CaseSource(id=stem(data), image=data)] if one else list(find(data).cases)
@@ -236,7 +240,15 @@ def cases_of(data: Path, section: str | None) -> list[CaseSource]:
         cases = [c for c in cases if c.section == section]
         if not cases:
             raise DataError(f"{data} has no section {section!r}; it has {', '.join(known)}")
-    return safe_cases(cases)[0]
+    safe = safe_cases(cases)[0]
+    if only is None:
+        return safe
+    if absent := sorted(set(only) - {c.id for c in safe}):
+        raise DataError(
+            f"{data} has no volume of {len(absent)} cases to segment ({', '.join(absent[:5])}); "
+            "give the folder that was prepared"
+        )
+    return [c for c in safe if c.id in only]
 
 
 def _progress(console: Console) -> Progress:

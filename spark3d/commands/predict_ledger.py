@@ -42,6 +42,7 @@ class Ledger:
             "settings": json.loads(json.dumps(settings)),
             "labels": {str(k): name for k, name in segmenter.labels.items()},
             "window": asdict(segmenter.window),
+            "spacing_mm": list(segmenter.spacing_mm),
             "protocol": segmenter.card.recipe.get("protocol"),
             "score": segmenter.card.recipe.get("score", {}),
             "versions": versions(),

@@ -6,10 +6,11 @@ from datetime import datetime
 from pathlib import Path
 
 from spark3d import __version__
+from spark3d.commands.label_tables import STUDY
+from spark3d.commands.report_cases import case_group
 from spark3d.commands.report_runs import Run, duration, read_run, run_card, run_curves
 from spark3d.commands.report_scores import (
     Scored,
-    case_group,
     command_of,
     headlines,
     read_scores,
@@ -17,9 +18,10 @@ from spark3d.commands.report_scores import (
     spread_charts,
     verdict,
 )
+from spark3d.commands.report_studies import StudyFolder, read_study_folder, study_section
 from spark3d.errors import ConfigError, DataError
 from spark3d.evaluation.metrics import ABSENT_RULE, METRICS
-from spark3d.evaluation.results import FILE, shared_organs
+from spark3d.evaluation.results import FILE, Evaluation, shared_organs
 from spark3d.reports.html import Headline, Report, write_report
 
 log = logging.getLogger(__name__)
@@ -46,7 +48,7 @@ def report_command(
         ConfigError: no folder, or two with one name.
         DataError: a folder that is neither a run nor an evaluation, or runs without common organs.
     """
-    trained, scored = read_folders(runs)
+    trained, scored, studies = read_folders(runs)
     evaluations = [s.scores for s in scored]
     if len(evaluations) > 1 and not shared_organs(evaluations):
         names = ", ".join(e.name for e in evaluations)
@@ -55,15 +57,16 @@ def report_command(
     groups = [case_group(s, i) for i, s in enumerate(scored)]
     page = Report(
         title=title,
-        verdict=verdict(evaluations) if evaluations else _count(len(trained), "training run") + ".",
+        verdict=_verdict(trained, evaluations, studies),
         byline=_byline(trained, scored),
         headlines=tuple(headlines(evaluations) if evaluations else _loss_headlines(trained)),
         runs=tuple(run_card(r) for r in trained),
         curves=tuple(run_curves(trained, colours)),
+        studies=tuple(study_section(s) for s in studies),
         tables=tuple(score_table(evaluations, m) for m in METRICS) if evaluations else (),
         spreads=tuple(spread_charts(evaluations)) if evaluations else (),
         cases=tuple(g for g in groups if g.cards),
-        commands=_commands(trained, scored),
+        commands=_commands(trained, scored, studies),
         notes=_notes(scored),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -72,33 +75,38 @@ def report_command(
     return out
 
 
-def read_folders(runs: Sequence[Path | str]) -> tuple[list[Run], list[Scored]]:
-    """Tell run folders from evaluation folders and read them.
+def read_folders(
+    runs: Sequence[Path | str],
+) -> tuple[list[Run], list[Scored], list[StudyFolder]]:
+    """Tell runs, evaluations and label-efficiency studies apart by what lies there; read them.
 
     Raises:
         ConfigError: no folder at all, or a name given twice.
         DataError: a folder that is neither; lists all of them.
     """
-    trained, scored, neither = [], [], []
+    trained, scored, studies, neither = [], [], [], []
     for item in runs:
         name, folder = _named(item)
         if (folder / FILE).is_file():
             scored.append(read_scores(name, folder))
         elif (folder / "run.json").is_file():
             trained.append(read_run(name or folder.name, folder))
+        elif (folder / STUDY).is_file():
+            studies.append(read_study_folder(name or folder.name, folder))
         else:
             neither.append(str(folder))
     if neither:
         raise DataError(
-            f"neither a run (run.json) nor an evaluation ({FILE}) in: {', '.join(neither)}"
+            f"neither a run (run.json), an evaluation ({FILE}) nor a study ({STUDY}) in: "
+            f"{', '.join(neither)}"
         )
-    if not trained and not scored:
+    if not trained and not scored and not studies:
         raise ConfigError("nothing to report on; name run folders or evaluation folders")
     for names in ([r.name for r in trained], [s.scores.name for s in scored]):
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise ConfigError(f"name {twice[0]!r} stands twice; tell them apart with NAME=FOLDER")
-    return trained, scored
+    return trained, scored, studies
 
 
 def run_colours(trained: Sequence[Run], scored: Sequence[Scored]) -> dict[str, int]:
@@ -143,8 +151,20 @@ def _loss_headlines(trained: Sequence[Run]) -> list[Headline]:
     return found
 
 
-def _commands(trained: Sequence[Run], scored: Sequence[Scored]) -> tuple[str, ...]:
-    lines = [r.command for r in trained]
+def _verdict(
+    trained: Sequence[Run], evaluations: Sequence[Evaluation], studies: Sequence[StudyFolder]
+) -> str:
+    if evaluations:
+        return verdict(evaluations)
+    if studies:
+        return " ".join(s.verdict for s in studies)
+    return _count(len(trained), "training run") + "."
+
+
+def _commands(
+    trained: Sequence[Run], scored: Sequence[Scored], studies: Sequence[StudyFolder]
+) -> tuple[str, ...]:
+    lines = [r.command for r in trained] + [s.command for s in studies]
     lines += [line for s in scored for line in command_of(s.folder)]
     return tuple(dict.fromkeys(line for line in lines if line))
 

@@ -8,11 +8,17 @@ from pathlib import Path
 
 from spark3d.evaluation.results import FILE, Evaluation, load_evaluation, shared_organs
 from spark3d.evaluation.statistics import PairedDifference
-from spark3d.evaluation.tables import Cell, Row, Table, compare, digits, format_cell
+from spark3d.evaluation.tables import (
+    Cell,
+    Row,
+    Table,
+    compare,
+    digits,
+    format_cell,
+    format_interval,
+)
 from spark3d.reports.curves import Scores, box_chart, pair_chart
 from spark3d.reports.html import (
-    CaseCard,
-    CaseGroup,
     Change,
     Chart,
     Headline,
@@ -20,7 +26,6 @@ from spark3d.reports.html import (
     ScoreRow,
     ScoreTable,
     Tone,
-    picture,
 )
 
 LOWER_IS_BETTER = ("hd95_mm", "asd_mm")
@@ -75,25 +80,6 @@ def spread_charts(runs: Sequence[Evaluation]) -> list[Chart]:
     return charts
 
 
-def case_group(scored: Scored, colour: int) -> CaseGroup:
-    """Best, median and worst case of one run, as far as their overlays are there."""
-    scores, cards = scored.scores, []
-    ranks = scores.settings.get("overlays", {})
-    by_id = {c.id: c for c in scores.cases}
-    for rank, case in ranks.items():
-        file = scored.folder / "overlays" / f"{case}.png"
-        if case not in by_id or not file.is_file():
-            continue
-        organs = tuple(
-            (spaced_out(organ), "absent" if math.isnan(s["dice"]) else f"{s['dice']:.3f}")
-            for organ, s in by_id[case].organs.items()
-        )
-        text = f"Dice {by_id[case].mean('dice'):.3f}"
-        caption = f"{case}: reference and prediction of {scores.name} in three planes"
-        cards.append(CaseCard(rank, case, text, organs, picture(file, caption)))
-    return CaseGroup(scores.name, colour, tuple(cards))
-
-
 def headlines(runs: Sequence[Evaluation]) -> list[Headline]:
     """Mean Dice of each run, and what each further run changes against the first."""
     table = compare(runs, "dice")
@@ -102,6 +88,8 @@ def headlines(runs: Sequence[Evaluation]) -> list[Headline]:
     for i, (name, cell) in enumerate(zip(table.runs, total.cells, strict=True)):
         spread = "" if math.isnan(cell.sd) else f"± {cell.sd:.3f} over "
         note = f"mean Dice {spread}{cell.cases} cases"
+        if not math.isnan(cell.interval.low):
+            note += f"; 95 % bootstrap {format_interval(cell.interval, 'dice')}"
         found.append(
             Headline(name, format_cell(replace(cell, sd=math.nan), "dice"), note, colour=i)
         )

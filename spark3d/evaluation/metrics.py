@@ -51,7 +51,7 @@ def score_case(
     reference: np.ndarray,
     labels: Mapping[int, str],
     spacing_mm: Sequence[float],
-    tolerance_mm: float = 2.0,
+    tolerance_mm: float | Mapping[str, float] = 2.0,
 ) -> dict[str, OrganScores]:
     """Score every organ of one case; organs come in the order of `labels`.
 
@@ -60,7 +60,8 @@ def score_case(
         reference: integer label map of the same shape.
         labels: label -> name of the organ, without the background.
         spacing_mm: mm per voxel along each axis of the maps.
-        tolerance_mm: distance up to which two surfaces count as the same in `nsd`.
+        tolerance_mm: distance up to which two surfaces count as the same in `nsd`, or one for every
+            organ by its name.
     """
     _same_shape(prediction, reference)
     if len(spacing_mm) != prediction.ndim:
@@ -76,8 +77,9 @@ def score_case(
             box = tuple(
                 slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(p, r, strict=True)
             )
+            within = tolerance_mm[name] if isinstance(tolerance_mm, Mapping) else tolerance_mm
             scores[name] = _score_organ(
-                prediction[box] == label, reference[box] == label, spacing_mm, tolerance_mm
+                prediction[box] == label, reference[box] == label, spacing_mm, within
             )
     return scores
 

@@ -93,7 +93,7 @@ def load_evaluation(path: Path) -> Evaluation:
         return Evaluation(
             name=document["name"],
             labels={int(k): v for k, v in document["labels"].items()},
-            cases=tuple(CaseScores(c["id"], _organs(c["organs"])) for c in document["cases"]),
+            cases=case_scores(document["cases"]),
             settings=document.get("settings", {}),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -101,6 +101,11 @@ def load_evaluation(path: Path) -> Evaluation:
             f"{file}: not an evaluation of spark3d ({type(error).__name__}: {error}); make it "
             "again with `spark3d evaluate`"
         ) from error
+
+
+def case_scores(cases: Iterable[Mapping[str, Any]]) -> tuple[CaseScores, ...]:
+    """The cases as they stand in `evaluation.json`; a score of null is NaN."""
+    return tuple(CaseScores(c["id"], _organs(c["organs"])) for c in cases)
 
 
 def shared_organs(evaluations: Iterable[Evaluation]) -> list[str]:

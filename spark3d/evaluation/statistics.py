@@ -21,6 +21,10 @@ class Interval:
     high: float
 
 
+UNKNOWN = Interval(math.nan, math.nan)
+"""Of too few values."""
+
+
 @dataclass(frozen=True)
 class PairedDifference:
     """Second run minus first, over the cases (or seeds) that both have.
@@ -51,6 +55,16 @@ def mean_and_sd(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     return mean, float(known.std(ddof=1)) if known.size > 1 else math.nan
 
 
+def t_interval(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> Interval:
+    """Student's interval of the mean of `values`, NaN values left out; NaN for fewer than two."""
+    known = _known(values)
+    if known.size < 2:
+        return UNKNOWN
+    quantile = stats.t.ppf((1 + confidence) / 2, known.size - 1)
+    half = float(quantile * known.std(ddof=1) / math.sqrt(known.size))
+    return Interval(float(known.mean()) - half, float(known.mean()) + half)
+
+
 def bootstrap_interval(
     values: Sequence[float] | np.ndarray,
     rng: np.random.Generator,
@@ -60,7 +74,7 @@ def bootstrap_interval(
     """Percentile bootstrap interval of the mean of `values` (one per case), NaN values left out."""
     known = _known(values)
     if known.size < 2:
-        return Interval(math.nan, math.nan)
+        return UNKNOWN
     means = known[rng.integers(0, known.size, (repeats, known.size))].mean(1)
     tail = 100 * (1 - confidence) / 2
     low, high = np.percentile(means, [tail, 100 - tail])
@@ -81,15 +95,11 @@ def paired_difference(
     keys = [k for k in first if k in second]
     difference = _known([second[k] - first[k] for k in keys])
     mean, sd = mean_and_sd(difference)
-    half = math.nan
-    if difference.size > 1:
-        quantile = stats.t.ppf((1 + confidence) / 2, difference.size - 1)
-        half = float(quantile * sd / math.sqrt(difference.size))
     return PairedDifference(
         pairs=difference.size,
         mean=mean,
         sd=sd,
-        interval=Interval(mean - half, mean + half),
+        interval=t_interval(difference, confidence),
         positive=int((difference > 0).sum()),
         negative=int((difference < 0).sum()),
         wilcoxon_p=_wilcoxon(difference),

@@ -13,8 +13,16 @@ import numpy as np
 from rich import box
 from rich.table import Table as RichTable
 
+from spark3d.evaluation.legacy import LegacyTable
 from spark3d.evaluation.results import Evaluation, shared_organs
-from spark3d.evaluation.statistics import PairedDifference, mean_and_sd, paired_difference
+from spark3d.evaluation.statistics import (
+    UNKNOWN,
+    Interval,
+    PairedDifference,
+    bootstrap_interval,
+    mean_and_sd,
+    paired_difference,
+)
 
 TITLES = {
     "dice": "Dice",
@@ -29,11 +37,15 @@ NOT_SCORED = "n/a"
 
 @dataclass(frozen=True)
 class Cell:
-    """One organ of one run: mean and standard deviation over the cases where it is scored."""
+    """One organ of one run: mean and standard deviation over the cases where it is scored.
+
+    `interval` is the 95 % bootstrap interval of the mean over these cases.
+    """
 
     mean: float
     sd: float
     cases: int
+    interval: Interval = UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -61,13 +73,17 @@ def compare(runs: Sequence[Evaluation], metric: str, seed: int = 0) -> Table:
     The spread is over cases. Differences pair the cases that a run shares with the first run.
 
     Args:
-        seed: of the sign flips in the paired test.
+        seed: of the bootstrap, and of the sign flips in the paired test.
     """
     rows = []
     for organ in [*shared_organs(runs), None]:
         values = [r.means(metric) if organ is None else r.values(organ, metric) for r in runs]
         cells = tuple(
-            Cell(*mean_and_sd(list(v.values())), sum(not math.isnan(x) for x in v.values()))
+            Cell(
+                *mean_and_sd(list(v.values())),
+                sum(not math.isnan(x) for x in v.values()),
+                bootstrap_interval(list(v.values()), np.random.default_rng(seed)),
+            )
             for v in values
         )
         differences = tuple(
@@ -88,7 +104,30 @@ def summary_table(
     for rows in zip(*(t.rows for t in tables), strict=True):
         texts = [format_cell(r.cells[0], m) for r, m in zip(rows, metrics, strict=True)]
         rich.add_row(rows[0].name, *texts, style="bold" if rows[0].is_total else "")
+    spans = [format_interval(t.rows[-1].cells[0].interval, t.metric) for t in tables]
+    rich.add_row("95 % bootstrap", *spans)
     return rich
+
+
+def legacy_rich_table(table: LegacyTable) -> RichTable:
+    """The variants that other programs print, under their own names."""
+    rich = RichTable(
+        title="Legacy variants of mean Dice: for comparison with figures made so, and only these",
+        box=box.SIMPLE_HEAD, title_style="bold", title_justify="left",
+    )  # fmt: skip
+    rich.add_column("what is averaged")
+    rich.add_column("Dice", justify="right")
+    for name, mean in table.means.items():
+        rich.add_row(name, NOT_SCORED if math.isnan(mean) else f"{mean:.3f}")
+    return rich
+
+
+def format_interval(interval: Interval, metric: str) -> str:
+    """Both ends, or that there are too few cases."""
+    if math.isnan(interval.low):
+        return NOT_SCORED
+    n = digits(metric)
+    return f"{interval.low:.{n}f} to {interval.high:.{n}f}"
 
 
 def rich_table(table: Table) -> RichTable:
@@ -120,12 +159,12 @@ def csv_table(tables: Sequence[Table]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     names = ["pairs", "difference", "low", "high", "positive", "negative"]
     names += ["wilcoxon_p", "permutation_p"]
-    writer.writerow(["metric", "organ", "run", "mean", "sd", "cases", *names])
+    writer.writerow(["metric", "organ", "run", "mean", "sd", "low", "high", "cases", *names])
     for table in tables:
         for row in table.rows:
             for i, (run, cell) in enumerate(zip(table.runs, row.cells, strict=True)):
                 d = row.differences[i - 1] if i else None
-                numbers = [cell.mean, cell.sd, cell.cases]
+                numbers = [cell.mean, cell.sd, cell.interval.low, cell.interval.high, cell.cases]
                 if d is not None:
                     numbers += [d.pairs, d.mean, d.interval.low, d.interval.high, d.positive]
                     numbers += [d.negative, d.wilcoxon_p, d.permutation_p]

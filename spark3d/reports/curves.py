@@ -142,6 +142,14 @@ def to_svg(figure: Figure, label: str) -> str:
     )
 
 
+def draw_bytes(figure: Figure, kind: str) -> bytes:
+    """The figure as a file of its own, "svg" or "png", on white."""
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else None
+    figure.savefig(buffer, format=kind, dpi=150, facecolor="white", metadata=metadata)
+    return buffer.getvalue()
+
+
 def _new(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure((width, height), layout="constrained")
     ax = figure.add_subplot()

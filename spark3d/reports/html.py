@@ -1,18 +1,21 @@
-"""One HTML file with everything in it: opens offline, needs no script, has a light and dark theme.
+"""One HTML file with everything in it: opens offline, reads without script, light and dark theme.
 
 The page is a tree of plain records, filled by the command and laid out by
 `templates/report.html.j2`. Empty parts leave no trace on the page.
 """
 
 import base64
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from spark3d.data.files import write_atomic
+from spark3d.reports.viewer import Viewer
 
 Tone = Literal["good", "bad", "even"]
 """Whether a number is an improvement, a loss, or too uncertain to say."""
@@ -100,13 +103,14 @@ class ScoreTable:
 
 @dataclass(frozen=True)
 class CaseCard:
-    """One case of one run: rank ("best", "median", "worst"), scores per organ, a picture."""
+    """One case of one run: rank ("best", "median", "worst"), scores per organ, pictures."""
 
     rank: str
     case: str
     score: str
     organs: tuple[tuple[str, str], ...]
     picture: Picture
+    viewer: Viewer | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,25 @@ class CaseGroup:
 
 
 @dataclass(frozen=True)
+class TextTable:
+    """A table of texts; the first column stands to the left."""
+
+    title: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Label efficiency: a sentence on what was done, warnings, a chart and tables."""
+
+    lead: str
+    warnings: tuple[str, ...]
+    chart: Chart
+    tables: tuple[TextTable, ...]
+
+
+@dataclass(frozen=True)
 class Report:
     """The whole page, in reading order."""
 
@@ -128,9 +151,11 @@ class Report:
     headlines: tuple[Headline, ...] = ()
     runs: tuple[RunCard, ...] = ()
     curves: tuple[Chart, ...] = ()
+    studies: tuple[Study, ...] = ()
     tables: tuple[ScoreTable, ...] = ()
     spreads: tuple[Chart, ...] = ()
     cases: tuple[CaseGroup, ...] = ()
+    case_tables: tuple[TextTable, ...] = ()
     commands: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -149,7 +174,12 @@ def spaced(paths: Sequence[Path], most: int) -> list[Path]:
 
 
 def render(report: Report) -> str:
-    """The page as text; everything but the charts is escaped."""
+    """The page as text; everything but the charts is escaped.
+
+    The only script is the viewer's own, where there is a viewer, allowed by its hash.
+    """
+    shown = any(card.viewer for group in report.cases for card in group.cards)
+    script = (resources.files("spark3d.reports") / "templates" / "viewer.js").read_text("utf-8")
     environment = Environment(
         loader=PackageLoader("spark3d.reports"),
         autoescape=True,
@@ -157,7 +187,11 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2").render(report=report)
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        script=script if shown else "",
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
+    )
 
 
 def write_report(report: Report, path: Path) -> None:

@@ -101,13 +101,11 @@ def overlay(
         window: darkest and brightest intensity; chosen from around the labels if not given.
     """
     maps = [as_array(reference), as_array(prediction)]
-    picture = np.zeros(maps[0].shape, np.float32) if image is None else as_array(image)
     counts = np.sum([np.isin(m, list(labels)) for m in maps], axis=0)
     wanted = counts > 0
     box = foreground_box(wanted, [round(25 / s) for s in spacing_mm])
-    maps, picture, wanted = [m[box] for m in maps], picture[box].astype(np.float32), wanted[box]
-    low, high = window or _organ_window(picture, wanted)
-    picture = np.clip((picture - low) / max(high - low, 1e-6), 0, 1)
+    maps = [m[box] for m in maps]
+    picture = grey_of(image, box, wanted[box], window)
 
     planes = fullest_planes(counts[box])
     shapes = [p.extent_mm(picture.shape, spacing_mm) for p in planes]
@@ -125,6 +123,27 @@ def overlay(
     _legend(figure, {labels[k]: colour_of(k, labels) for k in present})
     figure.subplots_adjust(0.005, 0.42 / (height + 0.5), 0.995, 0.99, 0.02, 0)
     _save(figure, path)
+
+
+def grey_of(
+    image: Array | Tensor | None,
+    box: tuple[slice, ...],
+    wanted: Array,
+    window: tuple[float, float] | None,
+) -> Array:
+    """The box of an image scaled to 0..1; black where there is no image.
+
+    Args:
+        image: `(*size)`, or None.
+        box: the part to show.
+        wanted: True at the labels, in the box; the intensities there choose the window.
+        window: darkest and brightest intensity.
+    """
+    if image is None:
+        return np.zeros(wanted.shape, np.float32)
+    picture = as_array(image)[box].astype(np.float32)
+    low, high = window or _organ_window(picture, wanted)
+    return np.clip((picture - low) / max(high - low, 1e-6), 0, 1)
 
 
 def colour_of(label: int, labels: Mapping[int, str]) -> str:

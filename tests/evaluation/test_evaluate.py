@@ -40,7 +40,7 @@ def test_scores_tables_and_pictures_are_written(scans, predictions, tmp_path):
     assert back.ranked() == ["case2", "case1", "case0"]
     assert back.settings["overlays"] == {"best": "case0", "median": "case1", "worst": "case2"}
     assert sorted(f.name for f in (out / "overlays").iterdir()) == [
-        f"case{n}.png" for n in range(3)
+        f"case{n}.{kind}" for n in range(3) for kind in ("json", "png")
     ]
     with Image.open(out / "overlays" / "case0.png") as picture:
         assert picture.width > 500
@@ -160,3 +160,35 @@ def test_the_prediction_may_have_another_axis_order_than_the_reference(
     nib.save(nib.as_closest_canonical(image), predictions / "case0.nii.gz")
     with pytest.raises(DataError, match="predict from the image"):
         evaluate_command(predictions, scans, tmp_path / "s", console=silent())
+
+
+def test_legacy_variants_are_printed_and_written_under_their_own_names(
+    scans, predictions, tmp_path
+):
+    console = Console(record=True, width=120)
+    evaluate_command(predictions, scans, tmp_path / "a", legacy=True, console=console)
+    text = console.export_text()
+    assert "Legacy variants" in text
+    assert "with background, original grid" in text
+    assert "no predict.json" in text
+    head, *rows = (tmp_path / "a" / "legacy.csv").read_text().splitlines()
+    assert head.count('"') == 6
+    assert [row.split(",")[0] for row in rows] == ["case0", "case1", "case2"]
+    (predictions / "predict.json").write_text(json.dumps({"spacing_mm": [2, 2, 2]}))
+    evaluate_command(predictions, scans, tmp_path / "b", legacy=True, console=console)
+    assert "with background, resampled grid" in console.export_text()
+
+
+def test_every_organ_can_have_a_tolerance_of_its_own(scans, predictions, tmp_path):
+    given = {"": 0.5, "label 1": 3.0}
+    found = evaluate_command(
+        predictions, scans, tmp_path / "a", tolerance_mm=given, console=silent()
+    )
+    assert found.cases[2].organs["label 1"]["nsd"] == 1.0
+    assert found.cases[2].organs["label 2"]["nsd"] < 0.9
+    assert found.settings["tolerance_mm"] == {"label 1": 3.0, "label 2": 0.5}
+    for wrong, word in (({"": 1.0, "lung": 2.0}, "names lung"), ({"label 1": 2.0}, "for label 2")):
+        with pytest.raises(ConfigError, match=word):
+            evaluate_command(
+                predictions, scans, tmp_path / "c", tolerance_mm=wrong, console=silent()
+            )

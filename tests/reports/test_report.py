@@ -126,7 +126,9 @@ def test_what_cannot_be_reported_on_is_told(tmp_path, run_folder, evaluation_fol
     out = tmp_path / "r.html"
     with pytest.raises(ConfigError, match="nothing to report"):
         report_command([], out)
-    with pytest.raises(DataError, match=r"neither a run .* nor an evaluation .*nowhere, .*void"):
+    with pytest.raises(
+        DataError, match=r"neither a run .* an evaluation .* nor a study .*nowhere, .*void"
+    ):
         report_command([tmp_path / "nowhere", tmp_path / "void"], out)
     with pytest.raises(ConfigError, match="'x' stands twice"):
         report_command([evaluation_folder("e1", "x"), evaluation_folder("e2", "x")], out)

@@ -1,0 +1,259 @@
+"""`spark3d export`: what it writes computes what the run computes, or is not kept."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from spark3d import build
+from spark3d.commands import export_graph
+from spark3d.commands.export import export_command, same_logits
+from spark3d.commands.export_nnunet import FILE, RESENC_L, adaptation_plan
+from spark3d.errors import ConfigError, DataError, EnvironmentProblem
+from spark3d.evaluation.windows import WindowPlan, predict_labels
+from spark3d.models.definitions import build_literal, literal_definition
+from spark3d.weights.passport import Passport
+
+
+def values(tree):
+    """Every key and value of a tree of JSON."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield key
+            yield from values(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from values(value)
+    else:
+        yield tree
+
+
+@pytest.fixture(scope="module")
+def bundle(finetuned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bundle") / "bundle"
+    assert export_command(finetuned, out, "bundle") < 1e-6
+    return out
+
+
+def test_a_bundle_holds_nothing_that_is_executed(bundle: Path) -> None:
+    for file in (bundle / "configs").iterdir():
+        found = list(values(json.loads(file.read_text())))
+        assert not [v for v in found if isinstance(v, str) and v.startswith(("$", "%"))]
+    targets = [
+        value["_target_"]
+        for value in json.loads((bundle / "configs" / "inference.json").read_text()).values()
+        if isinstance(value, dict)
+    ]
+    assert "monai.networks.nets.SegResNet" in targets
+    assert not [t for t in targets if "spark3d" in t]
+    weights = torch.load(bundle / "models" / "model.pt", weights_only=True)
+    assert all(isinstance(v, torch.Tensor) for v in weights.values())
+
+
+@pytest.mark.filterwarnings("ignore:parsing config_file")  # at every reading, whatever is in it
+def test_monai_loads_the_network_of_a_bundle(bundle: Path, finetuned: Path) -> None:
+    from monai.bundle import load
+
+    network = load(bundle.name, bundle_dir=str(bundle.parent), workflow_type="inference")
+    ours = build.load_segmenter(finetuned).network
+    for key, value in ours.state_dict().items():
+        torch.testing.assert_close(network.state_dict()[key], value, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(find_spec("ignite") is None, reason="MONAI's engines need pytorch-ignite")
+@pytest.mark.filterwarnings("ignore")  # of MONAI and ignite about themselves
+def test_monai_runs_a_bundle_from_file_to_label_map(
+    bundle: Path, finetuned: Path, volumes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from monai.bundle import ConfigWorkflow
+
+    monkeypatch.chdir(bundle)
+    image = volumes / "imagesTr" / "case2.nii.gz"
+    workflow = ConfigWorkflow(
+        config_file="configs/inference.json", meta_file="configs/metadata.json",
+        workflow_type="infer", dataset_data=[{"image": str(image)}],
+    )  # fmt: skip
+    for transform in workflow.parser["postprocessing"]["transforms"]:
+        if transform["_target_"] == "SaveImaged":
+            transform["output_dir"] = str(tmp_path / "eval")
+    workflow.initialize()
+    workflow.run()
+    (made,) = (tmp_path / "eval").rglob("*.nii.gz")
+    image_as_read = workflow.parser.get_parsed_content("preprocessing")({"image": str(image)})
+    segmenter = build.load_segmenter(finetuned)
+    plan = WindowPlan(segmenter.crop, 0.5)
+    ours = predict_labels(segmenter.network, image_as_read["image"].as_tensor(), plan).numpy()
+    source, theirs = nib.load(image), nib.load(made)
+    np.testing.assert_allclose(theirs.affine, source.affine, atol=1e-4)
+    same = np.asarray(theirs.dataobj).squeeze() == ours  # the source is in RAS at this spacing
+    assert ours.max() > 0
+    assert same.mean() > 0.999
+
+
+def test_a_graph_takes_any_number_of_crops(finetuned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "graph"
+    assert export_command(finetuned, out, "exported") < 1e-6
+    crops = torch.rand(5, 1, 16, 16, 16)
+    logits = export_graph.run_exported(out, crops)
+    segmenter = build.load_segmenter(finetuned)
+    torch.testing.assert_close(logits, segmenter.network(crops))
+    card = json.loads((out / "card.json").read_text())
+    assert card["output"] == ["batch", 4, 16, 16, 16]
+    assert card["labels"]["1"] == "liver"
+
+
+@pytest.mark.skipif(export_graph.onnxruntime is None, reason="needs the extra onnx")
+@pytest.mark.filterwarnings("ignore")  # of the exporter about itself
+def test_onnx_computes_the_same(finetuned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "onnx"
+    assert export_command(finetuned, out, "onnx") < 1e-4
+    crops = torch.rand(2, 1, 16, 16, 16)
+    with torch.no_grad():
+        expected = build.load_segmenter(finetuned).network(crops)
+    torch.testing.assert_close(export_graph.run_onnx(out, crops), expected, rtol=1e-3, atol=1e-4)
+    assert sorted(f.name for f in out.iterdir()) == ["card.json", "model.onnx"]
+
+
+def test_onnx_without_its_packages_names_them(
+    finetuned: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_graph, "onnxruntime", None)
+    with pytest.raises(EnvironmentProblem, match=r"spark3d\[onnx\]"):
+        export_command(finetuned, out, "onnx")
+    assert not list(out.parent.iterdir())
+
+
+def test_an_export_that_differs_is_not_kept(
+    finetuned: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = "spark3d.commands.export.run_exported"
+    monkeypatch.setattr(wrong, lambda _, crops: crops.repeat(1, 4, 1, 1, 1))
+    with pytest.raises(ConfigError, match=r"differs from the network .* nothing was kept"):
+        export_command(finetuned, out, "exported")
+    assert not list(out.parent.iterdir())
+
+
+def test_differences_are_relative_to_the_largest_logit() -> None:
+    logits = torch.tensor([[0.0, 100.0]])
+    assert same_logits(logits + 0.001, logits, "x") == pytest.approx(1e-5, rel=0.1)
+    with pytest.raises(ConfigError, match="differs"):
+        same_logits(logits + 1, logits, "x")
+    with pytest.raises(ConfigError, match="differs"):
+        same_logits(logits * torch.nan, logits, "x")
+    with pytest.raises(ConfigError, match="gives logits"):
+        same_logits(logits[:, :1], logits, "x")
+
+
+NETWORKS = {
+    "monai/segresnet": {
+        "init_filters": 8,
+        "blocks_down": [1, 1],
+        "norm": ["group", {"num_groups": 2}],
+    },
+    "monai/dynunet": {"strides": [1, 2, [2, 2, 1]], "filters": [4, 8, 16]},
+    "monai/mednext_s": {"init_filters": 4},
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_definition_builds_the_same_network_through_json(name: str) -> None:
+    options = NETWORKS[name]
+    definition = json.loads(json.dumps(literal_definition(name, 3, 1, 3, options)))
+    theirs = build_literal(definition)
+    ours = build.backbone(name, 3, 1, options, 3).network
+    theirs.load_state_dict(ours.state_dict())
+    crop = torch.rand(1, 1, 32, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(crop), ours.eval()(crop))
+
+
+def test_a_network_of_our_own_is_no_bundle() -> None:
+    with pytest.raises(ConfigError, match="no network of MONAI alone"):
+        literal_definition("monai/resnet50", 3, 1, 3, {})
+
+
+RESENC = {
+    "backbone": "nnunet/resenc", "ndim": 3, "in_channels": 1, "spacing_mm": (1.0, 1.0, 1.0),
+    "intensity": {"mode": "zscore"}, "recipe": {"data": {"crop": 64}, "optim": {"batch": 2}},
+}  # fmt: skip
+
+
+def test_an_adaptation_plan_says_what_nn_unet_asks_for() -> None:
+    plan = adaptation_plan(Passport(**RESENC))
+    needed = {
+        "architecture_plans", "pretrain_plan", "pretrain_num_input_channels",
+        "recommended_downstream_patchsize", "key_to_encoder", "key_to_stem", "keys_to_in_proj",
+        "key_to_lpe",
+    }  # fmt: skip
+    assert set(plan) == needed
+    assert plan["recommended_downstream_patchsize"] == [64, 64, 64]
+    (configuration,) = plan["pretrain_plan"]["configurations"].values()
+    assert configuration["normalization_schemes"] == ["ZScoreNormalization"]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"backbone": "monai/resnet50"}, "these weights are monai/resnet50 in 3D"),
+        ({"ndim": 2}, "in 2D"),
+        ({"options": {"features": [8, 16]}}, "differ in features"),
+    ],
+)
+def test_other_encoders_have_no_adaptation_plan(change, word) -> None:
+    with pytest.raises(ConfigError, match=word):
+        adaptation_plan(Passport(**{**RESENC, **change}))
+
+
+def test_nn_unet_s_network_takes_encoder_and_stem(tmp_path: Path, monkeypatch) -> None:
+    """As nnU-Net's fine-tuning does: strictly, into the two sub-modules that the plan names."""
+    pytest.importorskip("dynamic_network_architectures")
+    from spark3d.weights.exchange import save_encoder
+
+    small = {
+        "features": [4, 8], "strides": [1, 2], "blocks": [1, 1], "kernel_size": 3,
+    }  # fmt: skip
+    monkeypatch.setattr("spark3d.commands.export_nnunet.RESENC_L", small)
+    net = build.backbone("nnunet/resenc", 3, 1, small)
+    state = {k: v for k, v in net.network.state_dict().items() if k.startswith("encoder.")}
+    (tmp_path / "run").mkdir()
+    save_encoder(
+        tmp_path / "run" / "encoder.safetensors", state, Passport(**{**RESENC, "options": small})
+    )
+    export_command(tmp_path / "run", tmp_path / "out", "nnunet")
+    read = torch.load(tmp_path / "out" / FILE, weights_only=True)
+    plan, weights = read["nnssl_adaptation_plan"], read["network_weights"]
+    torch.manual_seed(1)
+    fresh = build.backbone("nnunet/resenc", 3, 1, small).network
+    for key in (plan["key_to_encoder"], plan["key_to_stem"]):
+        inner = {k.removeprefix(f"{key}."): v for k, v in weights.items() if k.startswith(key)}
+        fresh.get_submodule(key).load_state_dict(inner)
+    for key in plan["keys_to_in_proj"]:
+        assert f"{key}.weight" in weights
+    for key, value in state.items():
+        assert torch.equal(fresh.state_dict()[key], value)
+    assert set(RESENC_L) == set(small)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "word"),
+    [
+        ({"to": "caffe"}, ConfigError, "--to caffe: choose from bundle"),
+        ({"to": "bundle", "overlap": 1.0}, ConfigError, "outside"),
+        ({"to": "bundle", "run": Path("nowhere")}, DataError, "is the fine-tuning finished"),
+    ],
+)
+def test_mistakes_leave_nothing_behind(finetuned: Path, out: Path, options, error, word) -> None:
+    given = {"run": finetuned, "out": out, **options}
+    with pytest.raises(error, match=word):
+        export_command(**given)
+    assert not list(out.parent.iterdir())
+
+
+def test_an_existing_folder_is_left_alone(finetuned: Path, out: Path, fails) -> None:
+    out.mkdir()
+    said = fails(2, "export", finetuned, "--to", "bundle", "--out", out)
+    assert "exists; choose a new folder" in said

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spark3d.commands.label_tables import SHOWN, ReadStudy, label_points, read_study, warnings
-from spark3d.evaluation.efficiency import organs_of, points, table_rows
+from spark3d.evaluation.efficiency import Point, organs_of, points, table_rows
 from spark3d.evaluation.tables import TITLES
 from spark3d.reports.efficiency import efficiency_chart
 from spark3d.reports.html import Chart, Study, TextTable
@@ -26,20 +26,23 @@ class StudyFolder:
     @property
     def verdict(self) -> str:
         """What the paired differences say, count by count, and no more."""
-        study = self.study
-        parts = []
-        for p in points(study.jobs, study.arms, "dice"):
-            if (d := p.change) is None or math.isnan(d.mean):
-                continue
-            low, high = (round(v, 3) for v in (d.interval.low, d.interval.high))
-            clear = not math.isnan(low) and (low > 0 or high < 0)
-            word = ("better" if low > 0 else "worse") if clear else "not clearly different"
-            interval = "" if math.isnan(low) else f", 95 % interval {low:+.3f} to {high:+.3f}"
-            parts.append(
-                f"{p.labels} labels: {p.arm} is {word} ({d.mean:+.3f} Dice{interval}, up in "
-                f"{d.positive} of {d.pairs} pairs)."
-            )
+        study, parts = self.study, []
+        found = points(study.jobs, study.arms, "dice")
+        for arm in study.arms[1:]:
+            said = [_said(p) for p in found if p.arm == arm and p.change and p.change.pairs]
+            if said:
+                parts.append(f"{arm} against {study.arms[0]}: {'; '.join(said)}.")
         return " ".join(parts) or f"{self.name}: no pair is finished yet."
+
+
+def _said(point: Point) -> str:
+    """One label count in words that claim no more than the interval does."""
+    change = point.change
+    assert change is not None
+    low, high = (round(v, 3) for v in (change.interval.low, change.interval.high))
+    clear = not math.isnan(low) and (low > 0 or high < 0)
+    word = "" if clear else " (not clear)"
+    return f"{change.mean:+.3f} Dice at {point.labels} labels{word}"
 
 
 def read_study_folder(name: str, folder: Path) -> StudyFolder:

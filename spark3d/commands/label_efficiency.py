@@ -272,13 +272,15 @@ def open_study(
         raise ConfigError(f"--out {out} holds something else ({others[0]}); choose a new folder")
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(file, dump_yaml(resolved).encode())
+    names = label_names(store, [r for r in store.cases if r.has_label])
+    scored = resolved.score.labels
     kept = {k: v for k, v in to_tree(resolved).items() if k not in ("compute", "log")}
     threads = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
     return Study(
         out, store.folder, volumes, file,
         hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest(),
         tuple(r.id for r in parts.validation),
-        label_names(store, [r for r in store.cases if r.has_label]),
+        {k: name for k, name in names.items() if not scored or k in scored},
         tolerance_mm, resolved.window_overlap, allow_overlap, threads,
     )  # fmt: skip
 

@@ -72,7 +72,7 @@ class Study:
         recipe: file of the resolved recipe.
         digest: of its keys that change results.
         validation: ids of the scored cases.
-        labels: name of every foreground class.
+        labels: name of every class that is scored.
         tolerance_mm: of the surface Dice.
         overlap: of windows, in prediction.
         allow_overlap: as in fine-tuning.
@@ -183,7 +183,7 @@ def score_on_files(study: Study, run: Path, folder: Path) -> tuple[CaseScores, .
     found = predict_command(
         run, study.volumes, folder / "predictions", study.overlap, only=study.validation
     )
-    pairs = find_pairs(found, study.volumes, study.labels, partial=True)
+    pairs = find_pairs(found, study.volumes, None, partial=True)
     return score_pairs(pairs, study.tolerance_mm, show=False)
 
 

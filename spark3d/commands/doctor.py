@@ -97,7 +97,9 @@ def doctor_command(
     if modality not in ("auto", "CT", "MR"):
         raise ConfigError(f"--modality {modality}: give one of auto, CT, MR")
     result = Diagnosis()
-    with Progress(*COLUMNS, console=console, transient=True) as bar:
+    with Progress(
+        *COLUMNS, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task("reading DICOM headers", total=None, visible=False)
 
         def step(done: int, total: int) -> None:
@@ -121,7 +123,9 @@ def doctor_command(
     )
     result.layout, result.notices = found.layout, found.notices
     jobs = [Job(case, spec, Path()) for case in found.cases]
-    with Progress(*COLUMNS, console=console, transient=True) as bar:
+    with Progress(
+        *COLUMNS, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task("reading volumes", total=len(jobs))
         for _, examined in run_each(examine, jobs, workers, memory_gib):
             result.cases.append(examined)

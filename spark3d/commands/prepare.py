@@ -80,7 +80,9 @@ def prepare_command(
         console.print(f"{finalize(out)} cases in {out}")
         return None
 
-    with Progress(*COLUMNS, console=console, transient=True) as bar:
+    with Progress(
+        *COLUMNS, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task("reading DICOM headers", total=None, visible=False)
         found = find(
             data,

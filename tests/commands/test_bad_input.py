@@ -105,7 +105,7 @@ def test_no_volume_inside(fails: Fails, tmp_path: Path, out: Path, command: str)
     (tmp_path / "empty" / "notes.txt").write_text("no volumes yet")
     line = fails(DATA, command, "--data", tmp_path / "empty", "--out", out)
     assert "empty" in line
-    assert ".nii" in line
+    assert "NIfTI" in line
     assert not out.exists()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from spark3d import build
+from spark3d import build_finetuning
 from spark3d.commands.label_efficiency import (
     Outcome,
     label_counts,
@@ -75,11 +75,12 @@ def test_what_is_not_pre_trained_starts_from_the_same_numbers(
 ) -> None:
     recipe = load_recipe(FinetuneRecipe, finished / "recipe.yaml")
     weights = load_encoder(pretrained / "encoder.safetensors")
-    nets = []
+    crops, nets = torch.rand(8, 1, 16, 16, 16), []
     for start in (None, weights):
         torch.manual_seed(5)
-        nets.append(build.segmenter(recipe, 4, start, lambda: torch.rand(8, 1, 16, 16, 16)))
-    (scratch, _), (pre, report) = nets
+        nets.append(build_finetuning.segmenter(recipe, 4, start, lambda: crops))
+    scratch, pre = (net.network for net in nets)
+    report = nets[1].report
     assert report is not None
     assert report.untouched
     for key in report.untouched:

@@ -49,6 +49,7 @@ def run(*words: str | Path, before=give_up_rights) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-m", "spark3d.cli", "prepare", "--workers", "0", *map(str, words)],
         capture_output=True, text=True, timeout=120, check=False, preexec_fn=before,
+        env={**os.environ, "COLUMNS": "400"},  # no path broken over two lines
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, " ".join((done.stdout + done.stderr).split())

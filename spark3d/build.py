@@ -4,7 +4,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning_fabric import Fabric
@@ -14,6 +14,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
 
+from spark3d.classify_recipe import ClassifyRecipe
 from spark3d.config import (
     AugmentSection,
     ComputeSection,
@@ -23,6 +24,7 @@ from spark3d.config import (
     OptimSection,
     PretrainRecipe,
     WindowSection,
+    resolve,
 )
 from spark3d.data.augment import Affine, Augment, Flips, Intensity, Turns
 from spark3d.data.crops import CropRule
@@ -43,6 +45,7 @@ from spark3d.recipe_sections import LocalMIMSection, SparKSection
 from spark3d.sparse.encoder import SparseEncoder
 from spark3d.weights.segmenters import ModelCard, load_model
 
+T = TypeVar("T", PretrainRecipe, FinetuneRecipe, ClassifyRecipe)
 LIGHT_WIDTH, OFFICIAL_WIDTH = 256, 768
 
 
@@ -75,6 +78,16 @@ def fabric(compute: ComputeSection, precision: str) -> Fabric:
         ) from error
     runner.launch()
     return runner
+
+
+def settled(recipe: T) -> T:
+    """The recipe with `optim.precision` as this machine has it, where that says `auto`."""
+    compute, optim = recipe.compute, recipe.optim
+    if optim.precision != "auto":
+        return recipe
+    wanted = compute.accelerator in ("auto", "gpu", "cuda")
+    half = wanted and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return resolve(recipe, {"optim.precision": "bf16-mixed" if half else "32-true"})
 
 
 def launched_processes() -> tuple[int, int] | None:

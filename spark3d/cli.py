@@ -171,11 +171,15 @@ def pretrain(
 @app.command()
 def finetune(
     arguments: Overrides = None,
-    data: Annotated[Path | None, typer.Option(help="Store or folder of labelled volumes.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Labelled volumes, or train/ and val/.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; an existing run resumes.")] = None,
     encoder: Annotated[
         Path | None, typer.Option(help="encoder.safetensors or its run; without: from scratch.")
     ] = None,
+    task: Annotated[
+        Literal["segment", "classify"], typer.Option(help="Segment volumes or classify images.")
+    ] = "segment",
+    dims: Annotated[int | None, typer.Option(help="3 to segment volumes, 2 for images.")] = None,
     protocol: Annotated[
         str | None, typer.Option(help="A frozen protocol in place of a recipe, e.g. btcv-80-20.")
     ] = None,
@@ -186,7 +190,7 @@ def finetune(
         bool, typer.Option(help="Go on although held-out volumes were seen in training; told.")
     ] = False,
 ) -> None:
-    """Fine-tune a MONAI segmentation network on labelled volumes, from an encoder or from scratch.
+    """Fine-tune a network on labelled volumes, or with `--task classify` on images in classes.
 
     Examples:
 
@@ -195,15 +199,24 @@ def finetune(
     `spark3d finetune split.labels=8 optim.steps=600 --data store/ --out runs/scratch8`
 
     `spark3d finetune --protocol btcv-monai-24-6 --data RawData/ --encoder runs/pre --out runs/btcv`
-    """
-    from spark3d.commands.finetune import finetune_command
 
+    `spark3d finetune --dims 2 --task classify --data photos/ --encoder runs/pre2d --out runs/fine`
+    """
     recipe, overrides = split_recipe(arguments)
-    done = finetune_command(
-        required(data, "--data"), required(out, "--out"), encoder, recipe, overrides, allow_overlap,
-        protocol, smoke,
-    )  # fmt: skip
-    typer.echo(f"model: {done.model}")
+    given = required(data, "--data"), required(out, "--out"), encoder, recipe
+    if dims is not None:
+        overrides = (*overrides, f"dims={dims}")
+    if task == "classify":
+        from spark3d.commands.classify import classify_command
+
+        if allow_overlap or protocol or smoke:
+            raise ConfigError("--allow-overlap, --protocol and --smoke are about volumes")
+        target = classify_command(*given, overrides).model
+    else:
+        from spark3d.commands.finetune import finetune_command
+
+        target = finetune_command(*given, overrides, allow_overlap, protocol, smoke).model
+    typer.echo(f"model: {target}")
 
 
 @app.command()

@@ -92,10 +92,11 @@ class DataSection(Section):
 
 
 class ImagesSection(Section):
-    """2D images: crop side, scale range of the random resized crop, normalisation."""
+    """2D images: crop side, scale range of the random resized crop, chance of a mirror image."""
 
     crop: Sizes = 224
     scale: tuple[float, float] = (0.67, 1.0)
+    flip: float = Field(default=0.5, ge=0, le=1)
     max_bad: float = Field(default=0.01, ge=0, le=1)
 
 
@@ -122,7 +123,10 @@ class ModelSection(Section):
 
 
 class OptimSection(Section):
-    """Optimiser and schedule. Steps are optimiser steps; `batch` is the global batch."""
+    """Optimiser and schedule. Steps are optimiser steps; `batch` is the global batch.
+
+    `precision: auto` is bf16-mixed on a GPU that has bfloat16, else 32-true.
+    """
 
     name: Literal["adamw", "lamb", "sgd"] = "adamw"
     lr: float = Field(default=1e-3, gt=0)
@@ -137,7 +141,7 @@ class OptimSection(Section):
     final: float = Field(default=0.001, ge=0, le=1)
     batch: Auto | Annotated[int, Field(ge=1)] = "auto"
     clip: float = Field(default=5.0, gt=0)
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    precision: Auto | Literal["32-true", "bf16-mixed"] = "32-true"
     encoder_lr_ratio: float = Field(default=1.0, gt=0)
 
 
@@ -272,7 +276,7 @@ class FinetuneRecipe(Section):
     log: LogSection = LogSection()
 
 
-R = TypeVar("R", PretrainRecipe, FinetuneRecipe)
+R = TypeVar("R", bound=Section)
 
 
 def load_recipe(kind: type[R], path: Path | None, overrides: Sequence[str] = (), **fixed: Any) -> R:

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 import pytest
 
+from spark3d.classify_recipe import ClassifyRecipe
 from spark3d.config import FinetuneRecipe, PretrainRecipe, load_recipe
 from spark3d.protocols import read_protocol
 
@@ -246,6 +247,11 @@ def test_help_imports_nothing_heavy() -> None:
 # ---- recipes -------------------------------------------------------------------------------------
 
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+KINDS = MappingProxyType(
+    {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "classify": ClassifyRecipe}
+)
+COMMANDS = MappingProxyType({"classify": "finetune"})
+"""What runs recipes of a folder that is not named after its command."""
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: f"{file.parent.name}/{file.stem}")
@@ -253,8 +259,7 @@ def test_a_recipe_loads_and_opens_with_its_command_and_what_to_expect(file: Path
     if (kind := file.parent.name) == "protocols":
         recipe, command = read_protocol(file.stem).recipe(), f"finetune --protocol {file.stem} "
     else:
-        section = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe}[kind]
-        recipe, command = load_recipe(section, file), f"{kind} {file.stem} "  # type: ignore
+        recipe, command = load_recipe(KINDS[kind], file), f"{COMMANDS.get(kind, kind)} {file.stem} "
     assert recipe.optim.warmup < recipe.optim.steps
     head = [line for line in file.read_text("utf-8").splitlines() if line.startswith("#")]
     assert any(command in line for line in head)
@@ -262,4 +267,4 @@ def test_a_recipe_loads_and_opens_with_its_command_and_what_to_expect(file: Path
 
 
 def test_there_are_recipes_of_all_kinds() -> None:
-    assert {file.parent.name for file in RECIPES} == {"pretrain", "finetune", "protocols"}
+    assert {file.parent.name for file in RECIPES} == {*KINDS, "protocols"}

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spark3d.classify_recipe import ClassifyRecipe
 from spark3d.config import (
     FinetuneRecipe,
     PretrainRecipe,
@@ -80,7 +81,8 @@ RECIPES = [f for kind in ("finetune", "pretrain") for f in (ROOT / "configs" / k
 
 @pytest.mark.parametrize("file", sorted(RECIPES), ids=lambda f: f.stem)
 def test_every_shipped_recipe_loads_and_opens_with_its_command(file: Path) -> None:
-    kind = PretrainRecipe if file.parent.name == "pretrain" else FinetuneRecipe
-    load_recipe(kind, file)
+    kinds = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "classify": ClassifyRecipe}
+    load_recipe(kinds[file.parent.name], file)
     head = [line for line in file.read_text().splitlines() if line.startswith("#")]
-    assert any(f"{file.parent.name} {file.stem}" in line and "--data" in line for line in head)
+    command = "pretrain" if file.parent.name == "pretrain" else "finetune"
+    assert any(f"{command} {file.stem}" in line and "--data" in line for line in head)

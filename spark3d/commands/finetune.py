@@ -81,7 +81,7 @@ def finetune_command(
         protocol: name of a frozen protocol, in place of a recipe.
         smoke: shorten the protocol to a few steps on coarse data; marked everywhere as no result.
     """
-    asked = asked_recipe(recipe, protocol, overrides, smoke, data)
+    asked = build.settled(asked_recipe(recipe, protocol, overrides, smoke, data))
     fabric = build.fabric(asked.compute, asked.optim.precision)
     set_up_logging(fabric.global_rank)
     with claim_run(out, "finetune", fabric):

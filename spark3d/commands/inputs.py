@@ -1,7 +1,7 @@
 """What pre-training reads: cases or images, the plan made from them, the stream of crops."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import lcm
@@ -13,10 +13,9 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from spark3d import build
+from spark3d.commands.image_folders import scan_folder, scan_notes
 from spark3d.commands.stores import (
-    SHOWN,
     check_crop,
-    existing_folder,
     fixed,
     open_store,
     padding_notes,
@@ -26,13 +25,12 @@ from spark3d.commands.stores import (
     volume_crops,
 )
 from spark3d.config import FinetuneRecipe, PretrainRecipe, resolve, to_tree
-from spark3d.data.images2d import ImageCrops, scan_images
+from spark3d.data.images2d import ImageCrops, ImageFolder
 from spark3d.data.plan import suggest_plan
 from spark3d.data.record import CaseRecord
 from spark3d.data.splits import named_split, split_names
 from spark3d.data.store import Store
 from spark3d.data.stream import Numbered, Sample, batches
-from spark3d.engine.logging import step_progress
 from spark3d.errors import ConfigError, DataError
 from spark3d.sparse.geometry import pad_crops, padded_size
 from spark3d.sparse.mask import CellMask, random_mask
@@ -53,6 +51,7 @@ class PretrainInputs:
         identity: one hash over all that is read.
         spacing_mm: of the store; None for images.
         notes: what was chosen from the data, and why; for the screen.
+        images: the scanned folder; None for volumes.
     """
 
     recipe: PretrainRecipe
@@ -61,6 +60,12 @@ class PretrainInputs:
     identity: str
     spacing_mm: tuple[float, ...] | None
     notes: tuple[str, ...]
+    images: ImageFolder | None = None
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """Of pixels in memory: channels last is what convolutions in 2D are fastest with."""
+        return torch.channels_last if self.recipe.dims == 2 else torch.contiguous_format
 
     @property
     def cell_size(self) -> tuple[int, ...]:
@@ -132,7 +137,10 @@ def stream(
 ) -> Iterator[Sample]:
     """The batches of a run after `done` steps, for one rank."""
     optim, compute = recipe.optim, recipe.compute
-    return batches(crops, fixed(optim.batch), done, optim.steps, compute.workers, rank, world)
+    pinned = torch.cuda.is_available()
+    return batches(
+        crops, fixed(optim.batch), done, optim.steps, compute.workers, rank, world, pinned
+    )
 
 
 def pretrain_inputs(
@@ -145,7 +153,7 @@ def pretrain_inputs(
     """
     check_early(recipe)
     if recipe.dims == 2:
-        return image_inputs(recipe, data, fabric)
+        return image_inputs(recipe, data, out, fabric)
     barred = excluded_ids(exclude)
     store, why = open_store(data, out, recipe.data.spacing_mm, fabric)
     if exclude and not barred & {r.id for r in store.cases}:
@@ -198,39 +206,25 @@ def one_hash(parts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
 
 
-def image_inputs(recipe: PretrainRecipe, data: Path, fabric: Fabric) -> PretrainInputs:
+def image_inputs(recipe: PretrainRecipe, data: Path, out: Path, fabric: Fabric) -> PretrainInputs:
     """Scan a folder of ordinary images and build their stream."""
-    existing_folder(data, "give a folder of PNG or JPEG files")
     if recipe.model.in_channels != 3:
         raise ConfigError(
             f"images have 3 channels, the recipe model.in_channels={recipe.model.in_channels}; "
             "set model.in_channels=3"
         )
-    with step_progress("scanning images", 0, show=fabric.is_global_zero) as bar:
-        images = scan_images(data, recipe.images.max_bad, progress=bar.update)
-    notes = [f"{len(images.files)} images{image_faults(images.bad)}"]
-    if images.converted:
-        found = ", ".join(f"{count} of mode {mode}" for mode, count in images.converted.items())
-        notes.append(f"read as RGB: {found}")
+    section, workers = recipe.images, recipe.compute.workers
+    images = scan_folder(data, "data", out, section.max_bad, workers, fabric)
+    notes = scan_notes(images)
     cell = network_stride(recipe)
-    changes: dict[str, Any] = {"mask.cell_size": cell, "data.crop": recipe.images.crop}
+    changes: dict[str, Any] = {"mask.cell_size": cell, "data.crop": section.crop}
     changes["optim.batch"] = shared_batch(recipe.optim.batch, IMAGE_BATCH, fabric.world_size)
     if recipe.optim.batch == "auto":
         notes.append(f"batch {changes['optim.batch']}: set optim.batch to what the memory holds")
     recipe = resolve(recipe, changes)
-    crop = build.sizes(recipe.images.crop, 2, "images.crop")
-    crops = ImageCrops(images, crop, recipe.seed, recipe.images.scale)
-    names = [f"{file} {(images.folder / file).stat().st_size}" for file in images.files]
-    return PretrainInputs(recipe, crops, (), one_hash(names), None, tuple(notes))
-
-
-def image_faults(bad: Mapping[str, str]) -> str:
-    """How many images were left out, and the first of them by name and reason."""
-    if not bad:
-        return "; none left out"
-    listed = [f"{name} ({reason})" for name, reason in list(bad.items())[:SHOWN]]
-    more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-    return f"; {len(bad)} left out: {', '.join(listed)}{more}"
+    crop = build.sizes(section.crop, 2, "images.crop")
+    crops = ImageCrops(images, crop, recipe.seed, section.scale, section.flip)
+    return PretrainInputs(recipe, crops, (), images.identity, None, tuple(notes), images)
 
 
 IMAGE_BATCH = 32

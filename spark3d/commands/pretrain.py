@@ -10,6 +10,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from spark3d import build
+from spark3d.commands.image_folders import note_scans
 from spark3d.commands.inputs import PretrainInputs, pretrain_inputs
 from spark3d.commands.probing import Probe, open_probe
 from spark3d.commands.runs import claim_run, finish_run, finished, open_run
@@ -63,7 +64,7 @@ def pretrain_command(
     Returns:
         The encoder weights, `out/encoder.safetensors`.
     """
-    asked = asked_recipe(recipe, overrides, dims)
+    asked = build.settled(asked_recipe(recipe, overrides, dims))
     start = read_start(init, asked)
     fabric = build.fabric(asked.compute, asked.optim.precision)
     set_up_logging(fabric.global_rank)
@@ -80,6 +81,8 @@ def pretrain_command(
                 log.info("  %s", line)
         try_out(build.objective(inputs.recipe), inputs)
         open_run(out, "pretrain", inputs.recipe, identity, data, fabric)
+        if inputs.images is not None:
+            note_scans(out, {"data": inputs.images}, fabric)
         if finished(out) is not None and (done := intact(out / "encoder.safetensors")):
             log.info("finished already: %s", done)
             return done
@@ -142,6 +145,7 @@ def run_pretraining(
     """The loop, from the last checkpoint (or the start) to the exported encoder."""
     recipe = inputs.recipe
     optim = recipe.optim
+    objective.to(memory_format=inputs.layout)  # type: ignore[call-overload]
     tokens = getattr(recipe.objective, "token_lr_ratio", 1.0)
     slower = {f"objective.{name}" for name in objective.tokens()} if tokens != 1 else ()
     step_module = TrainingStep(objective, inputs.cell_size)
@@ -171,7 +175,7 @@ def run_pretraining(
     ):
         for step, batch in enumerate(steps, start=done + 1):
             rng = seed_step(recipe.seed, step, fabric.global_rank)
-            crops = batch["crop"].to(fabric.device, non_blocking=True)
+            crops = batch["crop"].to(fabric.device, non_blocking=True, memory_format=inputs.layout)
             visible = inputs.mask(batch, rng, fabric.global_rank, fabric.world_size).visible
             lr, decay = build.step_settings(optim, step - 1)
             set_step(optimizer, lr, decay)

@@ -15,14 +15,15 @@ from spark3d.reports.curves import Curve, line_chart
 from spark3d.reports.html import Chart, RunCard, picture, spaced
 
 MOST_PANELS = 8
-KINDS = {"pretrain": "pre-training", "finetune": "fine-tuning"}
-
-
+KINDS = {"pretrain": "pre-training", "finetune": "fine-tuning", "classify": "classification"}
 CURVES = (
     ("train", "loss", "loss"),
     ("probe", "dice", "Dice of a linear probe"),
     ("val", "dice", "validation Dice"),
+    ("val", "top1", "validation top-1"),
+    ("val", "top5", "validation top-5"),
 )
+"""What is drawn where it was logged: kind of line, its value, and what the chart calls it."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def run_card(run: Run) -> RunCard:
 
 
 def run_curves(runs: Sequence[Run], colours: Mapping[str, int]) -> list[Chart]:
-    """Losses, and validation Dice of fine-tuning: one chart each, where logged."""
+    """Losses, and validation scores of fine-tuning: one chart each, where logged."""
     charts = []
     for kind, title in KINDS.items():
         chosen = [r for r in runs if r.kind == kind]
@@ -153,14 +154,17 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("Masking", _masking(_section(recipe, "mask"))),
         ("Started from", _start(run)),
         ("Training cases", _cases(_section(record, "inputs").get("train"))),
+        ("Training images", str(_section(record, "inputs").get("images", ""))),
         ("Seen in pre-training", _seen(_section(_section(record, "inputs"), "overlap"))),
         ("Overlap allowed", _allowed(_section(_section(record, "inputs"), "overlap"))),
         ("Budget", _budget(_section(recipe, "optim"))),
-        ("Crop", _times(data.get("crop"))),
+        ("Crop", _times(data.get("crop") or _section(recipe, "images").get("crop"))),
         ("Spacing", f"{_times(data['spacing_mm'])} mm" if data.get("spacing_mm") else ""),
         ("Intensities", _window(data.get("window"))),
         ("Loss", f"{losses[0]:.3g} at first, {losses[-1]:.3g} at the end" if losses else ""),
         ("Validation Dice", _number(summary.get("dice"))),
+        ("Validation top-1", _share(summary.get("top1"))),
+        ("Validation top-5", _share(summary.get("top5"))),
         ("Time", duration(record["seconds"]) if "seconds" in record else "not finished"),
         ("Version", str(_section(record, "versions").get("spark3d", ""))),
         ("Commit", str(record.get("git") or "")),
@@ -175,7 +179,7 @@ def _section(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _start(run: Run) -> str:
     inputs = _section(run.record, "inputs")
     encoder = inputs.get("encoder") or inputs.get("init")
-    if run.kind != "finetune" and not encoder:
+    if run.kind == "pretrain" and not encoder:
         return ""
     return f"encoder weights {str(encoder)[:12]}" if encoder else "random weights (scratch)"
 
@@ -231,6 +235,10 @@ def _times(value: Any) -> str:
 
 def _number(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, int | float) else ""
+
+
+def _share(value: Any) -> str:
+    return f"{value:.1%}" if isinstance(value, int | float) else ""
 
 
 def _lines(values: Any) -> str:

@@ -10,17 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lightning_fabric import Fabric
 
-from spark3d.config import FinetuneRecipe, PretrainRecipe, changed_keys, dump_yaml, load_recipe
+from spark3d.config import Section, changed_keys, dump_yaml, load_recipe
 from spark3d.data.files import remove_temporaries
 from spark3d.engine.checkpoint import write_atomically
 from spark3d.errors import ConfigError, DataError, EnvironmentProblem
 
 log = logging.getLogger(__name__)
-R = TypeVar("R", PretrainRecipe, FinetuneRecipe)
 Problem = ConfigError | DataError | EnvironmentProblem
 LOCK = ".lock"
 OURS = frozenset({"store", "data", "recipe.yaml", LOCK})
@@ -118,13 +117,13 @@ def _foreign(name: str) -> bool:
 
 
 def open_run(
-    out: Path, kind: str, recipe: R, inputs: dict[str, Any], source: Path, fabric: Fabric
+    out: Path, kind: str, recipe: Section, inputs: dict[str, Any], source: Path, fabric: Fabric
 ) -> None:
     """Make or re-open a claimed run folder; an existing one must have the same recipe and inputs.
 
     Args:
         out: the folder.
-        kind: "pretrain" or "finetune".
+        kind: "pretrain", "finetune" or "classify".
         recipe: resolved; keys under `compute` and `log` may differ from the first time.
         inputs: what else fixes the result, such as the hash of the encoder.
         source: the data as they were given; where they are no longer there does not matter.
@@ -137,7 +136,7 @@ def open_run(
     on_first_rank(fabric, lambda: _open(out, kind, recipe, inputs, source))
 
 
-def _open(out: Path, kind: str, recipe: R, inputs: dict[str, Any], source: Path) -> None:
+def _open(out: Path, kind: str, recipe: Section, inputs: dict[str, Any], source: Path) -> None:
     if (out / "run.json").is_file():
         _same_run(out, recipe, inputs)
         return
@@ -175,7 +174,7 @@ def _same_kind(out: Path, kind: str) -> None:
         raise ConfigError(f"--out {out} holds a {found} run, not {kind}; choose a new folder")
 
 
-def _same_run(out: Path, recipe: R, inputs: dict[str, Any]) -> None:
+def _same_run(out: Path, recipe: Section, inputs: dict[str, Any]) -> None:
     known = read_run_record(out)["inputs"]
     try:
         old = load_recipe(type(recipe), out / "recipe.yaml")

@@ -4,6 +4,7 @@ The crop is that of torchvision and timm (scale and aspect ratio drawn, ten trie
 range that of ImageNet training, so that a recipe's numbers mean the same as in their code.
 """
 
+import hashlib
 import math
 import os
 from collections import Counter
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,12 +38,22 @@ class ImageFolder:
         files: Usable images in the order of their names, relative to the folder.
         bad: Left out: file -> reason.
         converted: How many files of each other colour mode will be read as RGB.
+        identity: Hash over names and sizes of all that was found, bad files included.
     """
 
     folder: Path
     files: tuple[str, ...]
     bad: Mapping[str, str] = field(default_factory=dict)
     converted: Mapping[str, int] = field(default_factory=dict)
+    identity: str = ""
+
+    def verdict(self) -> dict[str, Any]:
+        """What need not be found out again as long as no name and no size changes."""
+        return {
+            "identity": self.identity,
+            "bad": dict(self.bad),
+            "converted": dict(self.converted),
+        }
 
 
 def scan_images(
@@ -49,6 +61,7 @@ def scan_images(
     max_bad: float = 0.01,
     threads: int = 2,
     progress: Callable[[int, int], None] | None = None,
+    known: Mapping[str, Any] | None = None,
 ) -> ImageFolder:
     """Decode every image below a folder once and sort out what cannot be used.
 
@@ -60,6 +73,7 @@ def scan_images(
         max_bad: Largest share of files that may be left out, in [0, 1].
         threads: Decoders at work at once.
         progress: Called with files done and files in all.
+        known: The `verdict` of an earlier scan; with the same names and sizes nothing is decoded.
 
     Raises:
         DataError: No such folder, no image in it, or more unusable files than allowed.
@@ -73,17 +87,11 @@ def scan_images(
             f"{root}: found no file ending in {', '.join(SUFFIXES)}; give --data a folder of "
             "images, or --dims 3 for volumes"
         )
-    bad: dict[str, str] = {}
-    modes: Counter[str] = Counter()
-    with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(lambda name: _examine(root / name), names)
-        for done, (name, (mode, fault)) in enumerate(zip(names, found, strict=True), start=1):
-            if fault:
-                bad[name] = fault
-            elif mode != "RGB":
-                modes[mode] += 1
-            if progress is not None:
-                progress(done, len(names))
+    identity = _identity(root, names)
+    if known is not None and known.get("identity") == identity:
+        bad, modes = dict(known["bad"]), dict(known["converted"])
+    else:
+        bad, modes = _decode_all(root, names, threads, progress)
     files = tuple(name for name in names if name not in bad)
     if not files or len(bad) > max_bad * len(names):
         shown = "; ".join(f"{name} ({fault})" for name, fault in list(bad.items())[:3])
@@ -92,7 +100,7 @@ def scan_images(
             f"{' ...' if len(bad) > 3 else ''}; repair or remove them, or raise images.max_bad "
             f"above {len(bad) / len(names):.3g}"
         )
-    return ImageFolder(root, files, bad, dict(modes))
+    return ImageFolder(root, files, bad, modes, identity)
 
 
 class ImageCrops(Numbered):
@@ -207,6 +215,35 @@ def _walk(root: Path) -> list[str]:
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 names.append((Path(folder) / name).relative_to(root).as_posix())
     return names
+
+
+def _identity(root: Path, names: Sequence[str]) -> str:
+    """One hash over the names and sizes of all files."""
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(f"{name} {(root / name).stat().st_size}\n".encode())
+    return digest.hexdigest()
+
+
+def _decode_all(
+    root: Path,
+    names: Sequence[str],
+    threads: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[dict[str, str], dict[str, int]]:
+    """Faults by file, and how many files of each colour mode other than RGB are fit for use."""
+    bad: dict[str, str] = {}
+    modes: Counter[str] = Counter()
+    with ThreadPoolExecutor(threads) as pool:
+        found = pool.map(lambda name: _examine(root / name), names)
+        for done, (name, (mode, fault)) in enumerate(zip(names, found, strict=True), start=1):
+            if fault:
+                bad[name] = fault
+            elif mode != "RGB":
+                modes[mode] += 1
+            if progress is not None:
+                progress(done, len(names))
+    return bad, dict(modes)
 
 
 def _examine(path: Path) -> tuple[str, str]:

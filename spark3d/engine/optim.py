@@ -81,13 +81,26 @@ def build_optimizer(
     lr: float,
     betas: tuple[float, float] = (0.9, 0.95),
     momentum: float = 0.99,
+    always_adapt: bool = False,
+    bias_correction: bool = True,
 ) -> Optimizer:
-    """AdamW and SGD (Nesterov) from torch, LAMB from timm; the step clips, not the optimiser."""
+    """AdamW and SGD (Nesterov) from torch, LAMB from timm; the step clips, not the optimiser.
+
+    LAMB's `always_adapt` scales the steps of parameters without weight decay too.
+    """
     if name == "adamw":
         return AdamW(groups, lr=lr, betas=betas)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
-    return Lamb(groups, lr=lr, betas=betas, eps=1e-6, max_grad_norm=None)
+    return Lamb(
+        groups,
+        lr=lr,
+        betas=betas,
+        eps=1e-6,
+        max_grad_norm=None,
+        always_adapt=always_adapt,
+        bias_correction=bias_correction,
+    )
 
 
 def set_step(optimizer: Optimizer, lr: float, decay: float, frozen: bool = False) -> None:

@@ -40,6 +40,7 @@ OPTIONAL_IMPORTS = MappingProxyType(
         "cli.py": "commands load what they need when they run",
         "cli_evaluation.py": "the same for the commands around scores",
         "cli_weights.py": "the same for the group `weights`",
+        "cli_bench.py": "the same for the group `bench`",
     }
 )
 

@@ -209,7 +209,7 @@ def test_two_ranks_share_the_validation_images(photos: Path, encoder: Path, tmp_
         (["model.backbone=timm/resnet18"], "the encoder is timm/resnet10t"),
         (["optim.layerdecay=1"], "did you mean 'optim.layer_decay'?"),
         (["--dims", "3"], "dims=3"),
-        (["--allow-overlap"], "--allow-overlap is about volumes"),
+        (["--allow-overlap"], "about volumes"),
     ],
 )
 def test_mistakes_in_the_recipe(

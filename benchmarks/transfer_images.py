@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ def write_images(work: Path) -> None:
     """The digits as PNG files: `tune` and `report` share their training images."""
     if (work / "written").is_file():
         return
-    digits = load_digits()
+    digits: Any = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.images))
     parts = {
         "report/val": order[:REPORTING],

@@ -39,7 +39,9 @@ def scan_folder(
             found.append(scan_images(folder, max_bad, max(2, workers), bar.update, known))
 
     on_first_rank(fabric, scan)
-    return fabric.broadcast(found[0] if found else None) if fabric.world_size > 1 else found[0]
+    if fabric.world_size > 1:
+        found = fabric.broadcast(found)
+    return found[0]
 
 
 def note_scans(out: Path, scans: Mapping[str, ImageFolder], fabric: Fabric) -> None:

@@ -69,6 +69,8 @@ def made(network: str, dims: int, **optim: object) -> build_finetuning.Segmenter
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_takes_its_encoder_whole_learns_and_predicts(name: str, dims: int) -> None:
     """Coverage 1 by own keys, one guarded step, logits of every voxel, and back from its card."""
+    if name.startswith("resenc"):
+        pytest.importorskip("dynamic_network_architectures", reason="needs the extra `nnunet`")
     torch.manual_seed(0)
     recipe, segmenter = recipe_of(name, dims), made(name, dims)
     assert segmenter.report is not None

@@ -231,8 +231,8 @@ def refuse_too_many(
     reasons = "".join(f"\n  {reason}" for reason in report.failed.values())
     raise DataError(
         f"E-TOO-MANY-BAD: {out}: found {len(report.failed)} unusable cases of {len(cases)} "
-        f"({bad_labelled} of them labelled); expected at most {expected}; correct them, or pass "
-        f"--max-bad {len(report.failed)} to go on without them:{reasons}"
+        f"({bad_labelled} of them labelled); expected at most {expected}; correct them, or "
+        f"`spark3d prepare --max-bad {len(report.failed)}` goes on without them{reasons}"
     )
 
 

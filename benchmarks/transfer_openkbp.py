@@ -1,6 +1,6 @@
 """Does pre-training help on OpenKBP? Scratch and pre-trained over label counts, subsets and seeds.
 
-    python benchmarks/transfer_openkbp.py --data openkbp/ --work work/ [--stages ...]
+    python benchmarks/transfer_openkbp.py --data openkbp/ --work work/ [--recipe openkbp_small]
 
 Resumable: each job is one line of `work/results.jsonl`; finished jobs are skipped, started ones
 resume from their checkpoint. Two jobs run at a time, one thread each. What each job runs is
@@ -20,7 +20,7 @@ from pathlib import Path
 RATES = (1e-3, 3e-3, 6e-3)
 STEPS = 800
 PRETRAIN_SEEDS = (0, 1)
-ONE_CORE = ("optim.precision=bf16-mixed", "compute.threads=1", "compute.accelerator=cpu")
+ONE_CORE = ("compute.threads=1", "compute.accelerator=cpu")
 STAGES = (
     "prepare",
     "pretrain",
@@ -72,16 +72,16 @@ def jobs_of(stage: str, best: dict[str, float], total_steps: int) -> list[Job]:
         arms = (("scratch", None), ("pre", 0))
         return [Job(stage, arm, 8, 100, seed, lr) for lr in RATES for arm, seed in arms]
     if stage == "gate":  # is scratch trained enough? twice the steps must gain less than .03
-        return [Job(stage, "scratch", 8, s, None, best["scratch"], 2 * STEPS) for s in range(1)]
+        return [Job(stage, "scratch", 8, s, None, best["scratch"], 2 * STEPS) for s in range(2)]
     if stage == "shuffled":  # the pre-trained numbers, permuted within each tensor
         return [Job(stage, "shuffled", 8, s, PRETRAIN_SEEDS[s], best["pre"]) for s in range(2)]
     if stage == "total":  # scratch, given the compute of pre-training too
         return [Job(stage, "scratch", 8, 0, None, best["scratch"], total_steps)]
-    labels, subsets = {"pairs8": (8, 5), "pairs20": (20, 2), "pairsall": (None, 1)}[stage]
+    labels, subsets = {"pairs8": (8, 5), "pairs20": (20, 3), "pairsall": (None, 2)}[stage]
     return pairs(stage, labels, subsets, best)
 
 
-def run_job(job: Job, data: Path, work: Path) -> dict:
+def run_job(job: Job, data: Path, work: Path, recipe: str, precision: str) -> dict:
     """Fine-tune, predict, score; one thread."""
     import torch
 
@@ -94,6 +94,7 @@ def run_job(job: Job, data: Path, work: Path) -> dict:
         f"optim.lr={job.lr}",
         f"optim.steps={job.steps}",
         f"optim.warmup={job.steps // 10}",
+        f"optim.precision={precision}",
         *ONE_CORE,
         "compute.checkpoint_every=200",
         f"log.validate_every={job.steps // 2}",
@@ -107,15 +108,16 @@ def run_job(job: Job, data: Path, work: Path) -> dict:
         work / "store",
         out,
         encoder_of(job, work),
-        "openkbp_segresnet",
+        recipe,
         tuple(overrides),
         allow_overlap=job.stage == "tune",  # scored there: training images, seen without labels
     )
     seconds = time.perf_counter() - began
-    scores = score(job, out, work, data, lists["validation"])
+    scores = score(job, out, work, data, lists["validation"], precision == "bf16-mixed")
     return {
         "key": job.key,
         **asdict(job),
+        "recipe": recipe,
         "seconds": round(seconds, 1),
         "train": lists["train"],
         "dice": scores,
@@ -175,7 +177,7 @@ def shuffle(run: Path, target: Path) -> None:
     save_encoder(target / "encoder.safetensors", mixed, passport)
 
 
-def score(job: Job, out: Path, work: Path, data: Path, cases: list[str]) -> dict:
+def score(job: Job, out: Path, work: Path, data: Path, cases: list[str], amp: bool) -> dict:
     """Dice per case and organ on the original grid: `spark3d predict` against the references."""
     from spark3d.commands.predict import predict_command
     from spark3d.data.io import read_label
@@ -194,7 +196,7 @@ def score(job: Job, out: Path, work: Path, data: Path, cases: list[str]) -> dict
         overlap=0.25,
         skip_empty=True,
         batch=4,
-        amp=True,
+        amp=amp,
     )
     organs = json.loads((data / "dataset.json").read_text())["labels"]
     names = {int(number): name for number, name in organs.items() if int(number)}
@@ -231,7 +233,7 @@ def best_rates(work: Path) -> dict[str, float]:
     return best
 
 
-def pretrain(data: Path, work: Path, seed: int) -> None:
+def pretrain(work: Path, seed: int, recipe: str, precision: str) -> None:
     """One pre-training run by the shipped recipe, one thread."""
     out = work / f"pretrain-seed{seed}"
     if (out / "encoder.json").is_file():
@@ -239,8 +241,9 @@ def pretrain(data: Path, work: Path, seed: int) -> None:
     call = [
         "spark3d",
         "pretrain",
-        "openkbp_segresnet",
+        recipe,
         f"seed={seed}",
+        f"optim.precision={precision}",
         *ONE_CORE,
         "log.panels_every=800",
     ]
@@ -256,12 +259,14 @@ def note(path: Path, line: dict) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def start_job(job: Job, data: Path, work: Path) -> None:
+def start_job(job: Job, options: argparse.Namespace) -> None:
     """Run one fine-tuning in a process of its own, unless its line is there."""
+    work = options.work
     if any(r["key"] == job.key for r in results(work)):
         return
     (work / "logs").mkdir(exist_ok=True)
-    call = [sys.executable, __file__, "--data", str(data), "--work", str(work)]
+    call = [sys.executable, __file__, "--data", str(options.data), "--work", str(work)]
+    call += ["--recipe", options.recipe, "--precision", options.precision]
     call += ["--job", json.dumps(asdict(job))]
     with (work / "logs" / f"{job.key}.log").open("w") as log:
         done = subprocess.run(
@@ -277,27 +282,43 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="OpenKBP in Decathlon layout")
     parser.add_argument("--work", type=Path, required=True, help="folder for all that is made")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument(
+        "--recipe", default="openkbp_segresnet", help="of pre-training and of fine-tuning"
+    )
+    parser.add_argument("--precision", default="32-true", choices=("32-true", "bf16-mixed"))
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    data, work = options.data.resolve(), options.work.resolve()
+    options.data, options.work = options.data.resolve(), options.work.resolve()
+    data, work = options.data, options.work
     if options.job:
-        note(work / "results.jsonl", run_job(Job(**json.loads(options.job)), data, work))
+        job = Job(**json.loads(options.job))
+        line = run_job(job, data, work, options.recipe, options.precision)
+        note(work / "results.jsonl", line)
         return
     work.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(2) as pool:
         if "prepare" in options.stages:
             from spark3d.commands.prepare import prepare_command
 
-            prepare_command(data, work / "store", "4.5,4.5,3.0")
+            prepare_command(data, work / "store", spacing_of(options.recipe))
         if "pretrain" in options.stages:
-            list(pool.map(lambda seed: pretrain(data, work, seed), PRETRAIN_SEEDS))
+            runs = [(work, seed, options.recipe, options.precision) for seed in PRETRAIN_SEEDS]
+            list(pool.map(lambda run: pretrain(*run), runs))
         if "tune" in options.stages:
             jobs = jobs_of("tune", {}, 0)
-            list(pool.map(lambda job: start_job(job, data, work), jobs))
+            list(pool.map(lambda job: start_job(job, options), jobs))
         best, steps = best_rates(work), total_steps(work)
         rest = [s for s in options.stages if s not in ("prepare", "pretrain", "tune")]
         jobs = [job for stage in rest for job in jobs_of(stage, best, steps)]
-        list(pool.map(lambda job: start_job(job, data, work), jobs))
+        list(pool.map(lambda job: start_job(job, options), jobs))
+
+
+def spacing_of(recipe: str) -> str:
+    """Spacing of the store, as `spark3d prepare` takes it."""
+    from spark3d.config import FinetuneRecipe, find_recipe, load_recipe
+
+    spacing = load_recipe(FinetuneRecipe, find_recipe(recipe, "finetune")).data.spacing_mm
+    return ",".join(str(mm) for mm in spacing)
 
 
 def total_steps(work: Path) -> int:

@@ -9,18 +9,23 @@ resume from their checkpoint. Two jobs run at a time, one thread each. What each
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
-RATES = (1e-3, 3e-3, 6e-3)
-STEPS = 800
-PRETRAIN_SEEDS = (0, 1)
-ONE_CORE = ("compute.threads=1", "compute.accelerator=cpu")
+from transfer_jobs import (
+    PRETRAIN_SEEDS,
+    RATES,
+    STEPS,
+    Job,
+    arguments,
+    best_rate,
+    note,
+    pretrain,
+    run_job,
+    spacing_of,
+    start_job,
+)
+
 STAGES = (
     "prepare",
     "pretrain",
@@ -32,26 +37,6 @@ STAGES = (
     "pairs20",
     "pairsall",
 )
-
-
-@dataclass(frozen=True)
-class Job:
-    """One fine-tuning: its arm, how many labels, which subset of them, and its budget."""
-
-    stage: str
-    arm: str  # scratch, pre, shuffled
-    labels: int | None
-    subset: int
-    pretrain_seed: int | None
-    lr: float
-    steps: int = STEPS
-
-    @property
-    def key(self) -> str:
-        """Name of the job's folder."""
-        seed = "" if self.pretrain_seed is None else f"-p{self.pretrain_seed}"
-        count = self.labels or "all"
-        return f"{self.stage}-{self.arm}{seed}-n{count}-s{self.subset}-lr{self.lr:g}-{self.steps}"
 
 
 def pairs(stage: str, labels: int | None, subsets: int, best: dict[str, float]) -> list[Job]:
@@ -81,211 +66,9 @@ def jobs_of(stage: str, best: dict[str, float], total_steps: int) -> list[Job]:
     return pairs(stage, labels, subsets, best)
 
 
-def run_job(job: Job, data: Path, work: Path, recipe: str, precision: str) -> dict:
-    """Fine-tune, predict, score; one thread."""
-    import torch
-
-    from spark3d.commands.finetune import finetune_command
-
-    torch.set_num_threads(1)
-    out = work / "runs" / job.key
-    overrides = [
-        f"seed={job.subset}",
-        f"optim.lr={job.lr}",
-        f"optim.steps={job.steps}",
-        f"optim.warmup={job.steps // 10}",
-        f"optim.precision={precision}",
-        *ONE_CORE,
-        "compute.checkpoint_every=200",
-        f"log.validate_every={job.steps // 2}",
-        "log.tensorboard=false",
-    ]
-    lists = split_lists(work, job)
-    overrides += ["split.use=list", f"split.train={json.dumps(lists['train'])}"]
-    overrides += [f"split.validation={json.dumps(lists['validation'])}"]
-    began = time.perf_counter()
-    finetune_command(
-        work / "store",
-        out,
-        encoder_of(job, work),
-        recipe,
-        tuple(overrides),
-        allow_overlap=job.stage == "tune",  # scored there: training images, seen without labels
-    )
-    seconds = time.perf_counter() - began
-    scores = score(job, out, work, data, lists["validation"], precision == "bf16-mixed")
-    return {
-        "key": job.key,
-        **asdict(job),
-        "recipe": recipe,
-        "seconds": round(seconds, 1),
-        "train": lists["train"],
-        "dice": scores,
-        "curve": curve(out),
-    }
-
-
-def curve(out: Path) -> list[tuple[int, float]]:
-    """Mean Dice on the store's grid by step."""
-    from spark3d.engine.logging import read_metrics
-
-    lines = read_metrics(out / "metrics.jsonl")
-    return [(line["step"], line["dice"]) for line in lines if line["kind"] == "val"]
-
-
-def split_lists(work: Path, job: Job) -> dict[str, list[str]]:
-    """Training subset and scored cases of a job: the same for every arm."""
-    from spark3d.data.splits import few_labels
-    from spark3d.data.store import Store
-
-    cases = Store.open(work / "store").cases
-    training = [c.id for c in cases if c.section == "training"]
-    validation = [c.id for c in cases if c.section == "validation"]
-    if job.stage == "tune":
-        order = few_labels(training, 8 + 12, job.subset)
-        return {"train": list(order[:8]), "validation": list(order[8:])}
-    kept = few_labels(training, job.labels or len(training), job.subset)
-    return {"train": list(kept), "validation": validation}
-
-
-def encoder_of(job: Job, work: Path) -> Path | None:
-    """The encoder of an arm; the shuffled one is made on first use."""
-    if job.arm == "scratch":
-        return None
-    run = work / f"pretrain-seed{job.pretrain_seed}"
-    if job.arm == "pre":
-        return run
-    target = work / f"shuffled-seed{job.pretrain_seed}"
-    if not (target / "encoder.json").is_file():
-        shuffle(run, target)
-    return target
-
-
-def shuffle(run: Path, target: Path) -> None:
-    """A copy of encoder weights whose numbers are permuted in each tensor: scale, no features."""
-    import torch
-
-    from spark3d.weights.exchange import load_encoder, save_encoder
-
-    state, passport = load_encoder(run / "encoder.safetensors")
-    rng = torch.Generator().manual_seed(0)
-    mixed = {
-        k: v.flatten()[torch.randperm(v.numel(), generator=rng)].view_as(v)
-        for k, v in state.items()
-    }
-    target.mkdir(exist_ok=True)
-    save_encoder(target / "encoder.safetensors", mixed, passport)
-
-
-def score(job: Job, out: Path, work: Path, data: Path, cases: list[str], amp: bool) -> dict:
-    """Dice per case and organ on the original grid: `spark3d predict` against the references."""
-    from spark3d.commands.predict import predict_command
-    from spark3d.data.io import read_label
-    from spark3d.evaluation.metrics import dice_per_label
-
-    images = work / "images" / job.stage
-    images.mkdir(parents=True, exist_ok=True)
-    for case in cases:
-        link = images / f"{case}.nii.gz"
-        if not link.exists():
-            link.symlink_to((data / "imagesTr" / link.name).resolve())
-    found = predict_command(
-        out,
-        images,
-        work / "predictions" / job.key,
-        overlap=0.25,
-        skip_empty=True,
-        batch=4,
-        amp=amp,
-    )
-    organs = json.loads((data / "dataset.json").read_text())["labels"]
-    names = {int(number): name for number, name in organs.items() if int(number)}
-    scores = {}
-    for case in cases:
-        prediction = read_label(found / f"{case}.nii.gz").array[0]
-        reference = read_label(data / "labelsTr" / f"{case}.nii.gz").array[0]
-        dice = dice_per_label(prediction, reference, names)
-        scores[case] = {name: None if dice[k] != dice[k] else dice[k] for k, name in names.items()}
-    return scores
-
-
-def results(work: Path) -> list[dict]:
-    """All finished jobs."""
-    path = work / "results.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def mean_dice(result: dict) -> float:
-    """Mean over organs of the mean over cases."""
-    import numpy as np
-
-    table = np.array([list(case.values()) for case in result["dice"].values()], dtype=float)
-    return float(np.nanmean(table, axis=0).mean())
-
-
-def best_rates(work: Path) -> dict[str, float]:
-    """Each arm's best learning rate on the tuning cases."""
-    tuned = [r for r in results(work) if r["stage"] == "tune"]
-    best = {}
-    for arm in ("scratch", "pre"):
-        mine = [r for r in tuned if r["arm"] == arm]
-        best[arm] = max(mine, key=mean_dice)["lr"] if mine else RATES[1]
-    return best
-
-
-def pretrain(work: Path, seed: int, recipe: str, precision: str) -> None:
-    """One pre-training run by the shipped recipe, one thread."""
-    out = work / f"pretrain-seed{seed}"
-    if (out / "encoder.json").is_file():
-        return
-    call = [
-        "spark3d",
-        "pretrain",
-        recipe,
-        f"seed={seed}",
-        f"optim.precision={precision}",
-        *ONE_CORE,
-        "log.panels_every=800",
-    ]
-    call += ["--data", str(work / "store"), "--out", str(out)]
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "spark3d.cli", *call[1:]], check=True)
-    note(work / "pretrain.jsonl", {"seed": seed, "seconds": time.perf_counter() - began})
-
-
-def note(path: Path, line: dict) -> None:
-    """Append one JSON line."""
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def start_job(job: Job, options: argparse.Namespace) -> None:
-    """Run one fine-tuning in a process of its own, unless its line is there."""
-    work = options.work
-    if any(r["key"] == job.key for r in results(work)):
-        return
-    (work / "logs").mkdir(exist_ok=True)
-    call = [sys.executable, __file__, "--data", str(options.data), "--work", str(work)]
-    call += ["--recipe", options.recipe, "--precision", options.precision]
-    call += ["--job", json.dumps(asdict(job))]
-    with (work / "logs" / f"{job.key}.log").open("w") as log:
-        done = subprocess.run(
-            call, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-    print(f"{time.strftime('%H:%M:%S')} {job.key}: exit {done.returncode}", flush=True)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True, help="OpenKBP in Decathlon layout")
-    parser.add_argument("--work", type=Path, required=True, help="folder for all that is made")
+    parser = arguments(__doc__)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument(
-        "--recipe", default="openkbp_segresnet", help="of pre-training and of fine-tuning"
-    )
-    parser.add_argument("--precision", default="32-true", choices=("32-true", "bf16-mixed"))
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.data, options.work = options.data.resolve(), options.work.resolve()
@@ -307,18 +90,10 @@ def main() -> None:
         if "tune" in options.stages:
             jobs = jobs_of("tune", {}, 0)
             list(pool.map(lambda job: start_job(job, options), jobs))
-        best, steps = best_rates(work), total_steps(work)
+        best, steps = {a: best_rate(work, a) for a in ("scratch", "pre")}, total_steps(work)
         rest = [s for s in options.stages if s not in ("prepare", "pretrain", "tune")]
         jobs = [job for stage in rest for job in jobs_of(stage, best, steps)]
         list(pool.map(lambda job: start_job(job, options), jobs))
-
-
-def spacing_of(recipe: str) -> str:
-    """Spacing of the store, as `spark3d prepare` takes it."""
-    from spark3d.config import FinetuneRecipe, find_recipe, load_recipe
-
-    spacing = load_recipe(FinetuneRecipe, find_recipe(recipe, "finetune")).data.spacing_mm
-    return ",".join(str(mm) for mm in spacing)
 
 
 def total_steps(work: Path) -> int:

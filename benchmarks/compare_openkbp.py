@@ -1,0 +1,124 @@
+"""Which decoder, which objective? Pre-training on OpenKBP at equal time, by Dice at 8 labels.
+
+    python benchmarks/compare_openkbp.py --data openkbp/ --work work/ --study decoders
+    python benchmarks/compare_openkbp.py --data openkbp/ --work work/ --study objectives
+
+Goes on in the folder of transfer_openkbp.py, whose pre-training, scratch and pairs at 8 labels it
+shares. A variant gets as many steps as fit into the time of the recipe's own pre-training; seconds
+a step are measured first, one variant after the other (stage `pace`, which wants a quiet machine),
+and kept in `pace.json`. Resumable as the other study is.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from transfer_jobs import (
+    ONE_CORE,
+    PRETRAIN_SEEDS,
+    RATES,
+    Job,
+    arguments,
+    best_rate,
+    pretrain,
+    start_job,
+)
+
+LIGHT = "objective.decoder_width="
+VARIANTS = {
+    "decoders": {
+        "light256": (f"{LIGHT}256",),
+        "light384": (f"{LIGHT}384",),
+        "official": ("objective.decoder=official", f"{LIGHT}768", "objective.decoder_norm=bn"),
+    },
+    "objectives": {
+        "localmim": ("objective={name: localmim, target: hog, width: 96}",),
+        "a2mim": ("objective={name: a2mim, fourier: 0.5}",),
+    },
+}
+"""What each variant changes in the recipe; the recipe itself is the arm `pre`."""
+PACE_STEPS = 8
+STAGES = ("pace", "pretrain", "tune", "pairs8")
+
+
+def pace_of(name: str, changes: tuple[str, ...], options: Namespace) -> float:
+    """Median seconds of a step, the first three left out."""
+    out = options.work / "pace" / name
+    call = [sys.executable, "-m", "spark3d.cli", "pretrain", options.recipe, *changes, *ONE_CORE]
+    call += [f"optim.steps={PACE_STEPS}", "optim.warmup=2", "log.tensorboard=false"]
+    call += [f"optim.precision={options.precision}"]
+    call += ["--data", str(options.work / "store"), "--out", str(out)]
+    subprocess.run(call, check=True)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return statistics.median(line["seconds"] for line in lines[3:] if line["kind"] == "train")
+
+
+def measure_pace(variants: dict[str, tuple[str, ...]], options: Namespace) -> dict[str, float]:
+    """Seconds a step of the recipe and of every variant, measured once."""
+    path = options.work / "pace.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    for name, changes in {"pre": (), **variants}.items():
+        if name not in known:
+            known[name] = pace_of(name, changes, options)
+            path.write_text(json.dumps(known, indent=1))
+    return known
+
+
+def steps_of(name: str, pace: dict[str, float], recipe: str) -> int:
+    """Steps of a variant in the time of the recipe's own pre-training."""
+    from spark3d.config import PretrainRecipe, find_recipe, load_recipe
+
+    steps = load_recipe(PretrainRecipe, find_recipe(recipe, "pretrain")).optim.steps
+    return max(1, round(steps * pace["pre"] / pace[name]))
+
+
+def jobs_of(stage: str, variants: list[str], work: Path) -> list[Job]:
+    """The fine-tunings of one stage."""
+    if stage == "tune":
+        return [Job(stage, arm, 8, 100, 0, lr) for lr in RATES for arm in variants]
+    best = {arm: best_rate(work, arm) for arm in variants}
+    return [
+        Job(stage, arm, 8, subset, PRETRAIN_SEEDS[subset % 2], best[arm])
+        for subset in range(5)
+        for arm in variants
+    ]
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--study", required=True, choices=tuple(VARIANTS))
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--variants", nargs="+", help="some of the study's variants; default all")
+    options = parser.parse_args()
+    options.data, options.work = options.data.resolve(), options.work.resolve()
+    chosen = {
+        name: changes
+        for name, changes in VARIANTS[options.study].items()
+        if not options.variants or name in options.variants
+    }
+    with ThreadPoolExecutor(2) as pool:
+        if "pace" in options.stages:
+            measure_pace(chosen, options)
+        if "pretrain" in options.stages:
+            pace = json.loads((options.work / "pace.json").read_text())
+
+            def run(name: str, seed: int) -> None:
+                steps = steps_of(name, pace, options.recipe)
+                warmup = f"optim.warmup={max(1, steps // 10)}"
+                changes = (*chosen[name], f"optim.steps={steps}", warmup)
+                pretrain(options.work, seed, options.recipe, options.precision, name, changes)
+
+            pairs = [(name, seed) for name in chosen for seed in PRETRAIN_SEEDS]
+            list(pool.map(lambda pair: run(*pair), pairs))
+        for stage in ("tune", "pairs8"):
+            if stage in options.stages:
+                jobs = jobs_of(stage, list(chosen), options.work)
+                list(pool.map(lambda job: start_job(job, options), jobs))
+
+
+if __name__ == "__main__":
+    main()

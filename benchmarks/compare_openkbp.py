@@ -76,11 +76,11 @@ def steps_of(name: str, pace: dict[str, float], recipe: str) -> int:
     return max(1, round(steps * pace["pre"] / pace[name]))
 
 
-def jobs_of(stage: str, variants: list[str], work: Path) -> list[Job]:
+def jobs_of(stage: str, variants: list[str], options: Namespace) -> list[Job]:
     """The fine-tunings of one stage."""
     if stage == "tune":
         return [Job(stage, arm, 8, 100, 0, lr) for lr in RATES for arm in variants]
-    best = {arm: best_rate(work, arm) for arm in variants}
+    best = {arm: options.rate or best_rate(options.work, arm) for arm in variants}
     return [
         Job(stage, arm, 8, subset, PRETRAIN_SEEDS[subset % 2], best[arm])
         for subset in range(5)
@@ -100,7 +100,7 @@ def main() -> None:
         for name, changes in VARIANTS[options.study].items()
         if not options.variants or name in options.variants
     }
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(options.jobs) as pool:
         if "pace" in options.stages:
             measure_pace(chosen, options)
         if "pretrain" in options.stages:
@@ -116,7 +116,7 @@ def main() -> None:
             list(pool.map(lambda pair: run(*pair), pairs))
         for stage in ("tune", "pairs8"):
             if stage in options.stages:
-                jobs = jobs_of(stage, list(chosen), options.work)
+                jobs = jobs_of(stage, list(chosen), options)
                 list(pool.map(lambda job: start_job(job, options), jobs))
 
 

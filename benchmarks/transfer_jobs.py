@@ -248,6 +248,8 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
         "--recipe", default="openkbp_segresnet", help="of pre-training and of fine-tuning"
     )
     parser.add_argument("--precision", default="32-true", choices=("32-true", "bf16-mixed"))
+    parser.add_argument("--rate", type=float, help="for all arms; default each arm's best, tuned")
+    parser.add_argument("--jobs", type=int, default=2, help="at a time, one thread each")
     return parser
 
 

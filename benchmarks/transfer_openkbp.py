@@ -3,7 +3,7 @@
     python benchmarks/transfer_openkbp.py --data openkbp/ --work work/ [--recipe openkbp_small]
 
 Resumable: each job is one line of `work/results.jsonl`; finished jobs are skipped, started ones
-resume from their checkpoint. Two jobs run at a time, one thread each. What each job runs is
+resume from their checkpoint. Two jobs run at a time, one thread each (`--jobs`). What each job runs is
 `spark3d finetune`, then `spark3d predict` and a Dice on the original grid of the scored cases.
 """
 
@@ -79,7 +79,7 @@ def main() -> None:
         note(work / "results.jsonl", line)
         return
     work.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(options.jobs) as pool:
         if "prepare" in options.stages:
             from spark3d.commands.prepare import prepare_command
 
@@ -90,7 +90,8 @@ def main() -> None:
         if "tune" in options.stages:
             jobs = jobs_of("tune", {}, 0)
             list(pool.map(lambda job: start_job(job, options), jobs))
-        best, steps = {a: best_rate(work, a) for a in ("scratch", "pre")}, total_steps(work)
+        best = {arm: options.rate or best_rate(work, arm) for arm in ("scratch", "pre")}
+        steps = total_steps(work)
         rest = [s for s in options.stages if s not in ("prepare", "pretrain", "tune")]
         jobs = [job for stage in rest for job in jobs_of(stage, best, steps)]
         list(pool.map(lambda job: start_job(job, options), jobs))

@@ -15,7 +15,6 @@ import subprocess
 import sys
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from transfer_jobs import (
     ONE_CORE,

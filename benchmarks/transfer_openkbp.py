@@ -3,8 +3,8 @@
     python benchmarks/transfer_openkbp.py --data openkbp/ --work work/ [--recipe openkbp_small]
 
 Resumable: each job is one line of `work/results.jsonl`; finished jobs are skipped, started ones
-resume from their checkpoint. Two jobs run at a time, one thread each (`--jobs`). What each job runs is
-`spark3d finetune`, then `spark3d predict` and a Dice on the original grid of the scored cases.
+resume from their checkpoint. Two jobs run at a time (`--jobs`), one thread each. What each job runs
+is `spark3d finetune`, then `spark3d predict` and a Dice on the original grid of the scored cases.
 """
 
 import argparse

@@ -30,6 +30,7 @@ from spark3d.data.augment import Affine, Augment, Flips, Intensity, Turns
 from spark3d.data.crops import CropRule
 from spark3d.data.intensity import Window
 from spark3d.engine.optim import build_optimizer, parameter_groups
+from spark3d.engine.precision import warn_of_slow_bfloat16
 from spark3d.engine.schedule import learning_rate, weight_decay
 from spark3d.errors import ConfigError, EnvironmentProblem
 from spark3d.models.backbones import Backbone, build_backbone, synchronise_norms
@@ -78,6 +79,12 @@ def fabric(compute: ComputeSection, precision: str) -> Fabric:
         ) from error
     runner.launch()
     return runner
+
+
+def warn_of_slow_precision(runner: Fabric, precision: str) -> None:
+    """One line, on the first rank, where the CPU would emulate the precision asked for."""
+    half = precision == "bf16-mixed" and runner.is_global_zero
+    warn_of_slow_bfloat16(runner.device, half, "set optim.precision=32-true")
 
 
 def settled(recipe: T) -> T:

@@ -63,6 +63,7 @@ def classify_command(
     asked = build.settled(load_recipe(ClassifyRecipe, path, overrides))
     fabric = build.fabric(asked.compute, asked.optim.precision)
     set_up_logging(fabric.global_rank)
+    build.warn_of_slow_precision(fabric, asked.optim.precision)
     with claim_run(out, "classify", fabric):
         inputs = classify_inputs(asked, data, out, encoder, fabric)
         for line in inputs.notes:

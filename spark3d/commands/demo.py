@@ -18,6 +18,7 @@ from spark3d.commands.report import report_command
 from spark3d.data.phantom import write_btcv_phantoms
 from spark3d.data.store import Store
 from spark3d.engine.logging import step_progress
+from spark3d.engine.precision import cpu_has_bfloat16
 from spark3d.evaluation.tables import compare, rich_table
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,13 @@ def demo_command(out: Path, steps: int | None = None, unlabelled: int = UNLABELL
     """
     console = Console()
     began = time.perf_counter()
-    short = () if steps is None else (f"optim.steps={steps}", f"optim.warmup={steps // 10}")
+    slow = cpu_has_bfloat16() is False
+    if slow:
+        console.print("this CPU emulates bfloat16, which is slow: the demo computes in float32")
+    short: tuple[str, ...] = (
+        () if steps is None else (f"optim.steps={steps}", f"optim.warmup={steps // 10}")
+    )
+    short += ("optim.precision=32-true",) if slow else ()
 
     with stage(console, 1, f"{TRAINING + TESTING} labelled and {unlabelled} unlabelled phantoms"):
         data = out / "data"
@@ -64,7 +71,7 @@ def demo_command(out: Path, steps: int | None = None, unlabelled: int = UNLABELL
             finetune_command(labelled, run, start, "demo", (*short, *split))
             found = predict_command(
                 run, data / "RawData", out / f"{arm}-predictions", overlap=0.25, skip_empty=True,
-                batch=4, amp=True, section="test",
+                batch=4, amp=not slow, section="test",
             )  # fmt: skip
             scores = out / f"{arm}-scores"
             evaluations.append(evaluate_command(found, data / "RawData", scores, arm, partial=True))

@@ -84,6 +84,7 @@ def finetune_command(
     asked = build.settled(asked_recipe(recipe, protocol, overrides, smoke, data))
     fabric = build.fabric(asked.compute, asked.optim.precision)
     set_up_logging(fabric.global_rank)
+    build.warn_of_slow_precision(fabric, asked.optim.precision)
     with claim_run(out, "finetune", fabric):
         inputs = finetune_inputs(asked, data, out, encoder, fabric, allow_overlap)
         if protocol is not None:

@@ -26,6 +26,7 @@ from spark3d.data.io import stem, write_label
 from spark3d.data.nifti_header import Geometry
 from spark3d.data.privacy import safe_cases
 from spark3d.data.sources import CaseSource, find
+from spark3d.engine.precision import warn_of_slow_bfloat16
 from spark3d.errors import ConfigError, DataError, EnvironmentProblem
 from spark3d.evaluation.flips import mirrored_pairs
 from spark3d.evaluation.regrid import labels_onto
@@ -103,7 +104,9 @@ def predict_command(
         overlap, tuple(flips), skip_empty, amp, max_class_map_gib, geometry, nan_fill
     )
     plan = window_plan(segmenter, settings, batch)
-    segmenter.network.to(chosen_device(device))
+    place = chosen_device(device)
+    warn_of_slow_bfloat16(place, amp, "leave out --amp")
+    segmenter.network.to(place)
     cases = cases_of(data, section, only)
     ledger = Ledger.open(out, model, segmenter, asdict(settings))
     todo = [case for case in cases if not ledger.is_done(case.id)]

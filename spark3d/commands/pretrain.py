@@ -68,6 +68,7 @@ def pretrain_command(
     start = read_start(init, asked)
     fabric = build.fabric(asked.compute, asked.optim.precision)
     set_up_logging(fabric.global_rank)
+    build.warn_of_slow_precision(fabric, asked.optim.precision)
     with claim_run(out, "pretrain", fabric):
         inputs = pretrain_inputs(asked, data, out, exclude, fabric)
         for line in inputs.notes:

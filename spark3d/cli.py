@@ -179,7 +179,9 @@ def finetune(
     task: Annotated[
         Literal["segment", "classify"], typer.Option(help="Segment volumes or classify images.")
     ] = "segment",
-    dims: Annotated[int | None, typer.Option(help="3 to segment volumes, 2 for images.")] = None,
+    dims: Annotated[
+        int | None, typer.Option(help="3, or 2 for axial slices and for images.")
+    ] = None,
     protocol: Annotated[
         str | None, typer.Option(help="A frozen protocol in place of a recipe, e.g. btcv-80-20.")
     ] = None,
@@ -241,6 +243,9 @@ def predict(
         Geometry, typer.Option(help="Which to trust where sform and qform differ; agree: refuse.")
     ] = "agree",
     nan_fill: Annotated[float | None, typer.Option(help="Value in place of NaN.")] = None,
+    format: Annotated[
+        Literal["nifti", "dicom-seg"], typer.Option(help="dicom-seg: for DICOM series.")
+    ] = "nifti",
 ) -> None:
     """Segment whole volumes by sliding windows; label maps come back on each file's own grid.
 
@@ -250,8 +255,9 @@ def predict(
 
     axes = [int(part) for part in numbers(flips, "--flips")]
     predict_command(
-        model, data, out, overlap, axes, skip_empty, batch, device, amp, section, geometry, nan_fill
-    )
+        model, data, out, overlap, axes, skip_empty, batch, device, amp, section, geometry,
+        nan_fill, format=format,
+    )  # fmt: skip
 
 
 app.command()(evaluate)

@@ -141,7 +141,8 @@ def label_files(folder: Path, what: str) -> dict[str, Path]:
     files = [f for f in sorted(folder.iterdir()) if f.name.endswith((".nii", ".nii.gz"))]
     found = {f.name.removesuffix(".gz").removesuffix(".nii"): f for f in files}
     if not files:
-        raise DataError(f"no NIfTI file in the folder of {what}, {folder}")
+        hint = "; predict without --format dicom-seg to score" if any(folder.glob("*.dcm")) else ""
+        raise DataError(f"no NIfTI file in the folder of {what}, {folder}{hint}")
     if len(found) < len(files):
         raise DataError(f"{folder} holds a case twice, as .nii and .nii.gz; keep one of the two")
     return found

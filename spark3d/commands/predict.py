@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -21,18 +22,22 @@ from rich.progress import (
 from spark3d.build import LoadedSegmenter, load_segmenter
 from spark3d.commands.predict_ledger import Ledger
 from spark3d.data.case import PrepareSpec, prepare_case
+from spark3d.data.dicom_seg import check_dicom_seg, write_dicom_seg
 from spark3d.data.geometry import resample_onto
 from spark3d.data.io import stem, write_label
 from spark3d.data.nifti_header import Geometry
 from spark3d.data.privacy import safe_cases
 from spark3d.data.sources import CaseSource, find
+from spark3d.engine.loop import stop_on_signal
 from spark3d.engine.precision import warn_of_slow_bfloat16
-from spark3d.errors import ConfigError, DataError, EnvironmentProblem
+from spark3d.errors import ConfigError, DataError, EnvironmentProblem, Interrupted
 from spark3d.evaluation.flips import mirrored_pairs
 from spark3d.evaluation.regrid import labels_onto
 from spark3d.evaluation.windows import OnWindow, WindowPlan, predict_labels, predict_logits
 
 log = logging.getLogger(__name__)
+
+Format = Literal["nifti", "dicom-seg"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class PredictSettings:
             grid instead.
         geometry: which part of a contradictory header to trust, "agree" for none.
         nan_fill: value for NaN voxels; None refuses them.
+        format: of the label maps.
     """
 
     overlap: float = 0.5
@@ -57,6 +63,7 @@ class PredictSettings:
     max_class_map_gib: float = 4.0
     geometry: Geometry = "agree"
     nan_fill: float | None = None
+    format: Format = "nifti"
 
 
 def predict_command(
@@ -75,13 +82,14 @@ def predict_command(
     max_class_map_gib: float = 4.0,
     only: Collection[str] | None = None,
     console: Console | None = None,
+    format: Format = "nifti",
 ) -> Path:
     """Segment volumes; finished label maps of an earlier call with the same model are left alone.
 
     Args:
         model: run folder of a fine-tuning, or its `model.safetensors`.
         data: folder of volumes in any known layout, or one file.
-        out: gets `<case>.nii.gz` and `predict.json`.
+        out: gets `<case>.nii.gz`, or `<case>.dcm`, and `predict.json`.
         overlap: of neighbouring windows; that of the model's recipe if not given.
         batch: windows per forward pass.
         device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1", ...
@@ -95,35 +103,43 @@ def predict_command(
         ConfigError: settings that make no sense, or `out` holds something else.
         DataError: no volume, or volumes that could not be segmented (after all others were).
         EnvironmentProblem: no such device, no right to write.
+        Interrupted: stopped by a signal, between two windows.
     """
     console = console or Console(stderr=True)
     segmenter = load_segmenter(model)
     if overlap is None:
         overlap = float(segmenter.card.recipe.get("window_overlap", 0.5))
     settings = PredictSettings(
-        overlap, tuple(flips), skip_empty, amp, max_class_map_gib, geometry, nan_fill
+        overlap, tuple(flips), skip_empty, amp, max_class_map_gib, geometry, nan_fill, format
     )
     plan = window_plan(segmenter, settings, batch)
     place = chosen_device(device)
     warn_of_slow_bfloat16(place, amp, "leave out --amp")
     segmenter.network.to(place)
     cases = cases_of(data, section, only)
+    check_format(cases, format)
     ledger = Ledger.open(out, model, segmenter, asdict(settings))
     todo = [case for case in cases if not ledger.is_done(case.id)]
     if len(todo) < len(cases):
         console.print(f"{len(cases) - len(todo)} of {len(cases)} cases are there already")
 
     failed: dict[str, str] = {}
-    with _progress(console) as bar:
+    with stop_on_signal() as asked, _progress(console) as bar:
         whole = bar.add_task("cases", total=len(cases), completed=len(cases) - len(todo))
+
+        def on_window(done: int, of: int) -> None:
+            bar.update(part, completed=done, total=of)
+            if asked:
+                raise Interrupted(
+                    f"stopped with {len(ledger.record['cases'])} of {len(cases)} cases done; the "
+                    "same command goes on from there"
+                )
+
         for case in todo:
             part = bar.add_task(case.id, total=None)
             begun = time.perf_counter()
             try:
-                how = segment(
-                    segmenter, case, out, plan, settings,
-                    lambda done, of, part=part: bar.update(part, completed=done, total=of),
-                )  # fmt: skip
+                how = segment(segmenter, case, ledger.file(case.id), plan, settings, on_window)
             except DataError as error:
                 failed[case.id] = str(error)
                 log.warning("left out %s", error)
@@ -142,12 +158,12 @@ def predict_command(
 def segment(
     segmenter: LoadedSegmenter,
     case: CaseSource,
-    out: Path,
+    file: Path,
     plan: WindowPlan,
     settings: PredictSettings,
     on_window: OnWindow | None = None,
 ) -> str:
-    """Segment one case and write its label map; returns what was moved to the source grid.
+    """Segment one case and write its label map to `file`; returns what was moved to its grid.
 
     The volume is prepared just as a store is: oriented, resampled, cut to the body.
     """
@@ -166,6 +182,12 @@ def segment(
         )
     intensities = prepared.voxels * record.scale + record.shift
     volume = torch.from_numpy(segmenter.window.apply(intensities, record.mean, record.std))
+    if any(n < w for n, w in zip(record.size, plan.window, strict=False)):
+        log.warning(
+            "%s: %s voxels of %s mm are fewer than the window %s along an axis; padded with air",
+            case.id, "x".join(map(str, record.size)),
+            "x".join(f"{s:g}" for s in segmenter.spacing_mm), "x".join(map(str, plan.window)),
+        )  # fmt: skip
     size, affine = record.source.ras()
     gib = 4 * segmenter.card.out_channels * volume[0].numel() / 2**30
     if gib <= settings.max_class_map_gib:
@@ -178,20 +200,37 @@ def segment(
         moved = resample_onto(small, record.affine, size, affine, label=True)
         labels = moved.astype(small.dtype, copy=False)
         how = "labels"
-    write_label(out / f"{case.id}.nii.gz", labels, record.source)
+    if settings.format == "nifti":
+        write_label(file, labels, record.source)
+    else:
+        model = segmenter.card.sha256
+        write_dicom_seg(file, labels, record.source, case.slices, segmenter.labels, model)
     return how
+
+
+def check_format(cases: Sequence[CaseSource], format: Format) -> None:
+    """Refuse a format that the volumes cannot be written in, before any is segmented.
+
+    Raises:
+        ConfigError: DICOM-SEG for volumes that are no DICOM series.
+        EnvironmentProblem: the package that writes it is not installed.
+    """
+    if format == "nifti":
+        return
+    check_dicom_seg()
+    if others := [case.id for case in cases if not case.slices]:
+        raise ConfigError(
+            f"--format {format} is for DICOM series, which {len(others)} of {len(cases)} volumes "
+            f"are not ({', '.join(others[:5])}): leave it out"
+        )
 
 
 def window_plan(segmenter: LoadedSegmenter, settings: PredictSettings, batch: int) -> WindowPlan:
     """Windows as large as the crops of training, mirrored passes with left and right exchanged.
 
     Raises:
-        ConfigError: a model of images, or flips that the labels give no meaning to.
+        ConfigError: flips that the labels give no meaning to, or the network no axis.
     """
-    if len(segmenter.crop) != 3:
-        raise ConfigError(
-            f"predict reads volumes; this model was trained on crops {segmenter.crop}"
-        )
     axes = sorted(set(settings.flips))
     sets = tuple(s for n in range(1, len(axes) + 1) for s in combinations(axes, n))
     swaps = segmenter.card.swap or (mirrored_pairs(segmenter.labels) if 0 in axes else ())

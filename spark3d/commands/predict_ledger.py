@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from spark3d.build import LoadedSegmenter
@@ -16,6 +17,8 @@ from spark3d.errors import ConfigError, EnvironmentProblem
 from spark3d.weights.exchange import file_sha256
 
 FILE = "predict.json"
+SUFFIX: Mapping[str, str] = MappingProxyType({"nifti": ".nii.gz", "dicom-seg": ".dcm"})
+"""Of the files that hold label maps, by format."""
 
 
 class Ledger:
@@ -63,16 +66,20 @@ class Ledger:
         ledger._write()
         return ledger
 
+    def file(self, case: str) -> Path:
+        """Where the label map of a case is kept."""
+        return self.folder / f"{case}{SUFFIX[self.record['settings']['format']]}"
+
     def is_done(self, case: str) -> bool:
         """Whether the label map of a case is there, byte for byte as it was written."""
-        file, entry = self.folder / f"{case}.nii.gz", self.record["cases"].get(case)
+        file, entry = self.file(case), self.record["cases"].get(case)
         return entry is not None and file.is_file() and file_sha256(file) == entry["sha256"]
 
     def add(self, case: CaseSource, moved: str, seconds: float) -> None:
         """Note a label map that has just been written."""
         self.record["cases"][case.id] = {
             "image": str(case.image.resolve()),
-            "sha256": file_sha256(self.folder / f"{case.id}.nii.gz"),
+            "sha256": file_sha256(self.file(case.id)),
             "moved": moved,
             "seconds": round(seconds, 2),
         }

@@ -32,6 +32,15 @@ def read_series_header(paths: Sequence[Path]) -> Header:
     return _header(_ordered(paths))
 
 
+def ordered_files(paths: Sequence[Path]) -> list[Path]:
+    """The files of a series along the last axis of what `read_series` returns.
+
+    Raises:
+        DataError: as `read_series_header`.
+    """
+    return [one.path for one in _ordered(paths)]
+
+
 def read_series(
     paths: Sequence[Path], max_bytes: int = MAX_BYTES
 ) -> tuple[Header, NDArray[np.generic]]:

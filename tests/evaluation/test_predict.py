@@ -124,7 +124,7 @@ def test_empty_windows_can_be_left_out(scans, segmenter, tmp_path):
 @pytest.mark.parametrize(
     ("model", "options", "word"),
     [
-        ({"crop": (32, 32)}, {}, "volumes"),
+        ({"crop": (32, 32)}, {"flips": (2,)}, "flip"),
         ({"window": Window("zscore", mean=0.0, std=1.0)}, {"skip_empty": True}, "unit window"),
         ({}, {"overlap": 1.0}, "overlap"),
         ({}, {"flips": (3,)}, "flip"),

@@ -74,10 +74,7 @@ def inference_config(segmenter: LoadedSegmenter, overlap: float) -> dict[str, An
         "dataloader": {
             "_target_": "DataLoader", "dataset": "@dataset", "batch_size": 1, "num_workers": 0,
         },
-        "inferer": {
-            "_target_": "SlidingWindowInferer", "roi_size": list(segmenter.crop),
-            "sw_batch_size": 1, "overlap": overlap, "mode": "gaussian",
-        },
+        "inferer": _inferer(segmenter, overlap),
         "postprocessing": {"_target_": "Compose", "transforms": _after()},
         "handlers": [
             {
@@ -91,6 +88,20 @@ def inference_config(segmenter: LoadedSegmenter, overlap: float) -> dict[str, An
             "postprocessing": "@postprocessing", "val_handlers": "@handlers",
         },
         "run": [{"_target_": "monai.engines.SupervisedEvaluator.run", "self": "@evaluator"}],
+    }  # fmt: skip
+
+
+def _inferer(segmenter: LoadedSegmenter, overlap: float) -> dict[str, Any]:
+    """Sliding windows; those of a network of slices go over each axial one."""
+    by_slice = len(segmenter.crop) < len(segmenter.spacing_mm)
+    kind = (
+        {"_target_": "SliceInferer", "spatial_dim": 2}
+        if by_slice
+        else {"_target_": "SlidingWindowInferer"}
+    )
+    return {
+        **kind, "roi_size": list(segmenter.crop), "sw_batch_size": 1, "overlap": overlap,
+        "mode": "gaussian",
     }  # fmt: skip
 
 

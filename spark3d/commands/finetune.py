@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +121,7 @@ def asked_recipe(
     if protocol is None:
         if smoke:
             raise ConfigError("--smoke shortens a protocol; give --protocol NAME with it")
-        return own_recipe(find_recipe(recipe or "segresnet_3d", "finetune"), overrides)
+        return own_recipe(find_recipe(recipe or usual_recipe(overrides), "finetune"), overrides)
     if recipe is not None:
         raise ConfigError(f"give either the recipe {recipe} or --protocol {protocol}, not both")
     chosen = read_protocol(protocol)
@@ -138,6 +138,11 @@ def asked_recipe(
     found = find(data).cases
     chosen.check_cases({c.id: c.section for c in found if c.label is not None}, ids, data)
     return asked
+
+
+def usual_recipe(overrides: Sequence[str]) -> str:
+    """The name of the recipe for volumes, or for their slices."""
+    return "segresnet_2d" if "dims=2" in overrides else "segresnet_3d"
 
 
 def finished_earlier(out: Path) -> Finetuned | None:

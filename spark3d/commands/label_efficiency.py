@@ -175,7 +175,8 @@ def base_recipe(
     taken = [o for o in overrides if o.partition("=")[0].strip() in FREE]
     if taken:
         raise ConfigError(f"{taken[0]}: the study sets it; use --labels and --subsets")
-    recipe = load_recipe(FinetuneRecipe, find_recipe(name or "segresnet_3d", "finetune"), overrides)
+    path = find_recipe(name or usual_recipe(overrides), "finetune")
+    recipe = load_recipe(FinetuneRecipe, path, overrides)
     passports = [passport for start in starts for _, passport in start.encoders]
     plans = [plan_from_encoder(recipe, passport)[0] for passport in passports]
     for passport, plan in zip(passports, plans, strict=True):

@@ -131,10 +131,6 @@ def finetune_inputs(
     allow_overlap: bool,
 ) -> FinetuneInputs:
     """Open (or prepare) the data, split it, choose what the recipe leaves open."""
-    if recipe.dims != 3:
-        raise ConfigError(
-            "segmentation reads volumes: set dims=3, not dims=2, or pass --task classify for images"
-        )
     weights = load_encoder(encoder_file(encoder)) if encoder else None
     recipe, notes = plan_from_encoder(recipe, weights[1] if weights else None)
     model = recipe.model

@@ -178,7 +178,7 @@ def volume_crops(
         build.window(fixed(data.window)),
         recipe.seed,
         rule=build.crop_rule(data, labelled),
-        augment=build.augment(data.augment, store.spacing_mm),
+        augment=build.augment(data.augment, store.spacing_mm[: recipe.dims]),
         labelled=labelled,
         cache=recipe.compute.cache,
         crops_per_case=data.crops_per_case,

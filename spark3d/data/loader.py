@@ -34,7 +34,8 @@ class VolumeCrops(Numbered):
     Args:
         source: A store, or anything with its `record`, `read` and `read_label`.
         ids: Cases to draw from; their order is part of the stream.
-        crop_size: Voxels per axis.
+        crop_size: Voxels per axis; one axis less than the volumes have takes slices, `(c, *size)`
+            without their last axis.
         window: Maps physical intensities to the network's range.
         seed: Of the whole stream.
         rule: Where crops start.
@@ -49,7 +50,7 @@ class VolumeCrops(Numbered):
         cached: Number of cases held in memory.
 
     Raises:
-        ConfigError: No case, a case twice, or sizes of another number of axes.
+        ConfigError: No case, a case twice, or sizes that are neither of volumes nor of slices.
         DataError: Labels are asked for and a case has none.
     """
 
@@ -80,13 +81,15 @@ class VolumeCrops(Numbered):
         self.records = tuple(source.record(case) for case in self.ids)
         for record in self.records:
             self._check(record)
-        self.padded = tuple(r.id for r in self.records if needs_padding(r.size, self.crop_size))
+        self.thin = (1,) * (len(self.records[0].size) - len(self.crop_size))
+        box = (*self.crop_size, *self.thin)
+        self.padded = tuple(r.id for r in self.records if needs_padding(r.size, box))
         self._cache: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
         if cache:
             self._fill_cache(cache_bytes)
 
     def _check(self, record: CropRecord) -> None:
-        if len(record.size) != len(self.crop_size):
+        if len(record.size) - len(self.crop_size) not in (0, 1):
             raise ConfigError(
                 f"crop size {self.crop_size} and case {record.id} of size {tuple(record.size)} "
                 "differ in their number of axes"
@@ -109,10 +112,14 @@ class VolumeCrops(Numbered):
     def __getitem__(self, number: int) -> Sample:
         index = self.entry(number)
         record, rng = self.records[index], self.generator(number)
-        start = choose_start(self.rule, record, self.crop_size, rng)
-        size = self.augment.read_size(self.crop_size) if self.augment else self.crop_size
-        start = tuple(a - (r - c) // 2 for a, r, c in zip(start, size, self.crop_size, strict=True))
+        box = (*self.crop_size, *self.thin)
+        start = choose_start(self.rule, record, box, rng)
+        read = self.augment.read_size(self.crop_size) if self.augment else self.crop_size
+        size = (*read, *self.thin)
+        start = tuple(a - (r - c) // 2 for a, r, c in zip(start, size, box, strict=True))
         crop, label = self._read(record, start, size)
+        if self.thin:
+            crop, label = crop[..., 0], None if label is None else label[..., 0]
         if self.augment:
             crop, label = self.augment(crop, label, self.crop_size, rng)
         sample: Sample = {"crop": crop.contiguous(), "case": index, "number": number}

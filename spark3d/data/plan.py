@@ -63,7 +63,7 @@ def suggest_plan(
     Args:
         records: the cases to train on.
         spacing_mm: of their store.
-        cell: voxels per axis that a crop must be a multiple of.
+        cell: voxels per axis that a crop must be a multiple of; of two axes for axial slices.
 
     Raises:
         DataError: no records.
@@ -72,7 +72,7 @@ def suggest_plan(
         raise DataError("E-NO-CASES: found no case to plan for; give at least one")
     modality, count = Counter(record.modality for record in records).most_common(1)[0]
     window, window_reason = _window(modality, records)
-    crop, crop_reason = _crop([record.size for record in records], cell)
+    crop, crop_reason = _crop([record.size[: len(cell)] for record in records], cell)
     batch = max(2, min(MAX_BATCH, BATCH_VOXELS // math.prod(crop)))
     batch = max(1, min(batch, len(records)))
     reasons = {

@@ -7,7 +7,7 @@ leave the accumulator at once, as labels or as logits. The accumulator is one wi
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from monai.data.utils import compute_importance_map, dense_patch_slices
@@ -23,6 +23,8 @@ OnWindow = Callable[[int, int], None]
 @dataclass(frozen=True)
 class WindowPlan:
     """How a volume is cut into windows and their predictions put together.
+
+    A window of one axis less than the volume reads it slice by slice, along its last axis.
 
     Args:
         window: voxels per axis, usually the crop size of training.
@@ -108,6 +110,20 @@ def predict_labels(
     return labels
 
 
+class BySlice(nn.Module):
+    """A network of slices `(b, c, *size)` as one of volumes one voxel thick, `(b, c, *size, 1)`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.training = network.training
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """Logits `(b, k, *size, 1)`."""
+        logits = self.network(windows[..., 0])
+        return logits[..., None] if isinstance(logits, Tensor) else logits
+
+
 def window_slices(
     size: Sequence[int], window: Sequence[int], overlap: float
 ) -> list[tuple[slice, ...]]:
@@ -122,6 +138,8 @@ def _finished_rows(
     network: nn.Module, volume: Tensor, plan: WindowPlan, on_window: OnWindow | None
 ) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
     """Yield (place in the volume, logits) of groups of rows as soon as they are final."""
+    if volume.ndim == plan.ndim + 2:
+        network, plan = BySlice(network), replace(plan, window=(*plan.window, 1))
     if volume.ndim != plan.ndim + 1:
         raise ConfigError(
             f"a volume of shape {tuple(volume.shape)} (channels first) does not fit a window of "

@@ -105,6 +105,13 @@ def finetuned(tuned: Finetuned) -> Path:
 
 
 @pytest.fixture(scope="session")
+def finetuned2d(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished fine-tuning from scratch of a 2D network on axial slices."""
+    run = tmp_path_factory.mktemp("finetuned2d") / "run"
+    return finetune_command(store, run, None, None, ("dims=2", *SCRATCH, *FINETUNE)).model.parent
+
+
+@pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six small pictures in two classes, PNG and JPEG, one grey; and a file that is none."""
     folder = tmp_path_factory.mktemp("images")

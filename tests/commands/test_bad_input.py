@@ -56,7 +56,7 @@ def test_pretraining_recipes(store: Path, fails: Fails, out: Path, words: list, 
     [
         (["loss.dice=1"], "unknown key 'loss.dice'; did you mean"),
         (["data.crop=18"], "data.crop=(18, 18, 18) is not a multiple of the network's stride"),
-        (["dims=2"], "segmentation reads volumes"),
+        (["dims=2", "data.crop=18"], "data.crop=(18, 18) is not a multiple of the network's"),
         (["model.in_channels=3"], "the volumes have [1] channels"),
         (["split.labels=9"], "9 labelled cases of 2"),
         (["split.use=list", "split.train=[case9]"], "case9"),

@@ -57,6 +57,32 @@ def test_samples_have_the_promised_form(store):
     assert "label" not in crops(store, labelled=False)[3]
 
 
+def test_slices_are_those_of_the_volumes(store):
+    """A crop of two axes is an axial slice of the store, labels and all."""
+    ids = [c.id for c in store.cases]
+    still = VolumeCrops(store, ids, (16, 16), WIDE, 7, CropRule("balanced"), None, labelled=True)
+    moved = VolumeCrops(
+        store, ids, (16, 16), WIDE, 7, CropRule("balanced"), SegmentationAugment(), labelled=True
+    )
+    found = set()
+    for number in range(12):
+        plain, turned = still[number], moved[number]
+        assert plain["crop"].shape == turned["crop"].shape == (1, 16, 16)
+        assert plain["label"].shape == turned["label"].shape == (16, 16)
+        found |= set(plain["label"].unique().tolist())
+        case = ids[plain["case"]]
+        volume = torch.from_numpy(WIDE.apply(store.read(case)))[0]
+        places = volume.unfold(0, 16, 1).unfold(1, 16, 1)  # (x, y, z, 16, 16)
+        same_voxels = (places == plain["crop"][0]).all(-1).all(-1).nonzero()
+        assert len(same_voxels) == 1
+        x, y, z = same_voxels[0].tolist()
+        label = store.read_label(case)[x : x + 16, y : y + 16, z]
+        assert np.array_equal(label, plain["label"].numpy())
+    assert max(found) > 0
+    with pytest.raises(ConfigError, match="number of axes"):
+        VolumeCrops(store, ids, (16,), WIDE, 7)
+
+
 def test_every_epoch_visits_each_case_once_in_a_new_order(store):
     dataset = crops(store)
     epochs = [[dataset.entry(5 * e + i) for i in range(5)] for e in range(6)]

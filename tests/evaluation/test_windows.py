@@ -56,6 +56,19 @@ def test_logits_equal_those_of_monai(data, ndim, overlap):
     torch.testing.assert_close(ours, theirs[0], atol=1e-5, rtol=1e-5)
 
 
+@given(data=st.data(), ndim=st.sampled_from([1, 2]), flips=st.sampled_from([(), ((0,),)]))
+def test_a_network_of_slices_predicts_each_slice_by_itself(data, ndim, flips):
+    size = data.draw(st.lists(st.integers(3, 21), min_size=ndim + 1, max_size=ndim + 1))
+    network = small_network(ndim).train()
+    volume = torch.randn(1, *size)
+    plan = WindowPlan((7,) * ndim, 0.25, data.draw(st.integers(1, 5)), flips, swaps=((1, 2),))
+    whole = predict_logits(network, volume, plan)
+    assert network.training
+    slices = [predict_logits(network, volume[..., k], plan) for k in range(size[-1])]
+    torch.testing.assert_close(whole, torch.stack(slices, -1), atol=1e-5, rtol=1e-5)
+    assert torch.equal(predict_labels(network, volume, plan), whole.argmax(0).to(torch.uint8))
+
+
 @pytest.mark.parametrize("ndim", [1, 2, 3])
 def test_labels_are_the_largest_logits(ndim):
     volume = torch.randn(1, *(30, 7, 13)[:ndim])

@@ -13,7 +13,7 @@ from torch import Tensor
 from spark3d.build import LoadedSegmenter, backbone, load_segmenter
 from spark3d.commands.export_bundle import write_bundle
 from spark3d.commands.export_graph import run_exported, run_onnx, write_exported, write_onnx
-from spark3d.commands.export_nnunet import FILE, write_nnunet
+from spark3d.commands.export_nnunet import FILE, reversed_axes, write_nnunet
 from spark3d.commands.labelled import encoder_file
 from spark3d.errors import ConfigError, EnvironmentProblem
 from spark3d.models.definitions import build_literal
@@ -127,7 +127,7 @@ def _nnunet(run: Path, folder: Path) -> float:
     found = torch.load(folder / FILE, weights_only=True)["network_weights"]
     fresh = backbone(passport.backbone, passport.ndim, passport.in_channels, passport.options)
     load_into(fresh.network, found)
-    own = fresh.network.state_dict()
+    own = reversed_axes(fresh.network.state_dict())
     if any(not torch.equal(own[key], value) for key, value in state.items()):
         raise ConfigError("the checkpoint differs from the weights; nothing was kept")
     return 0.0

@@ -3,6 +3,10 @@
 The format is that of nnssl (Wald et al., 2024): `network_weights` under the keys of the residual
 encoder U-Net, and `nnssl_adaptation_plan`, which says where encoder and stem are among them. It is
 plain data, read with `weights_only=True`.
+
+nnU-Net's arrays run in the order (z, y, x) of a file, ours from right, anterior and superior, so
+kernels, spacing and crop are written with their axes reversed. On files in RAS+ order the encoder
+then sees what it saw in pre-training; nnU-Net does not turn files of other orders.
 """
 
 from collections.abc import Mapping
@@ -32,8 +36,21 @@ def write_nnunet(state: Mapping[str, Tensor], passport: Passport, folder: Path) 
         ConfigError: another network than the residual encoder, or one that is not ResEnc-L.
     """
     plan = adaptation_plan(passport)
-    weights = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+    weights = {key: value.detach().cpu() for key, value in reversed_axes(state).items()}
     torch.save({"network_weights": weights, "nnssl_adaptation_plan": plan}, folder / FILE)
+
+
+def reversed_axes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of weights for maps whose axes run in the opposite order; its own inverse.
+
+    A convolution's weights are `(c_out, c_in, *kernel)`; nothing else of the encoder has axes.
+    """
+    return {
+        key: value.permute(0, 1, *range(value.ndim - 1, 1, -1)).contiguous().clone()
+        if value.ndim > 2
+        else value.clone()
+        for key, value in state.items()
+    }
 
 
 def adaptation_plan(passport: Passport) -> dict[str, Any]:
@@ -50,8 +67,8 @@ def adaptation_plan(passport: Passport) -> dict[str, Any]:
             f"nnU-Net knows the residual encoder as ResEnc-L, these weights differ in "
             f"{', '.join(different)}; pre-train without model.options"
         )
-    crop = list(_crop(passport))
-    spacing = list(passport.spacing_mm or ())
+    crop = list(_crop(passport))[::-1]
+    spacing = list(passport.spacing_mm or ())[::-1]
     zscore = passport.intensity.get("mode") == "zscore"
     configuration = {
         "data_identifier": CONFIGURATION,

@@ -32,10 +32,16 @@ def values(tree):
         yield tree
 
 
+@pytest.fixture(scope="module", params=["finetuned", "finetuned2d"])
+def model(request: pytest.FixtureRequest) -> Path:
+    """A fine-tuned network of volumes, and one of slices."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(scope="module")
-def bundle(finetuned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bundle") / "bundle"
-    assert export_command(finetuned, out, "bundle") < 1e-6
+    assert export_command(model, out, "bundle") < 1e-6
     return out
 
 
@@ -55,11 +61,11 @@ def test_a_bundle_holds_nothing_that_is_executed(bundle: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:parsing config_file")  # at every reading, whatever is in it
-def test_monai_loads_the_network_of_a_bundle(bundle: Path, finetuned: Path) -> None:
+def test_monai_loads_the_network_of_a_bundle(bundle: Path, model: Path) -> None:
     from monai.bundle import load
 
     network = load(bundle.name, bundle_dir=str(bundle.parent), workflow_type="inference")
-    ours = build.load_segmenter(finetuned).network
+    ours = build.load_segmenter(model).network
     for key, value in ours.state_dict().items():
         torch.testing.assert_close(network.state_dict()[key], value, rtol=0, atol=0)
 
@@ -67,7 +73,7 @@ def test_monai_loads_the_network_of_a_bundle(bundle: Path, finetuned: Path) -> N
 @pytest.mark.skipif(find_spec("ignite") is None, reason="MONAI's engines need pytorch-ignite")
 @pytest.mark.filterwarnings("ignore")  # of MONAI and ignite about themselves
 def test_monai_runs_a_bundle_from_file_to_label_map(
-    bundle: Path, finetuned: Path, volumes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, model: Path, volumes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from monai.bundle import ConfigWorkflow
 
@@ -84,7 +90,7 @@ def test_monai_runs_a_bundle_from_file_to_label_map(
     workflow.run()
     (made,) = (tmp_path / "eval").rglob("*.nii.gz")
     image_as_read = workflow.parser.get_parsed_content("preprocessing")({"image": str(image)})
-    segmenter = build.load_segmenter(finetuned)
+    segmenter = build.load_segmenter(model)
     plan = WindowPlan(segmenter.crop, 0.5)
     ours = predict_labels(segmenter.network, image_as_read["image"].as_tensor(), plan).numpy()
     source, theirs = nib.load(image), nib.load(made)
@@ -94,15 +100,15 @@ def test_monai_runs_a_bundle_from_file_to_label_map(
     assert same.mean() > 0.999
 
 
-def test_a_graph_takes_any_number_of_crops(finetuned: Path, tmp_path: Path) -> None:
+def test_a_graph_takes_any_number_of_crops(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "graph"
-    assert export_command(finetuned, out, "exported") < 1e-6
-    crops = torch.rand(5, 1, 16, 16, 16)
+    assert export_command(model, out, "exported") < 1e-6
+    segmenter = build.load_segmenter(model)
+    crops = torch.rand(5, 1, *segmenter.crop)
     logits = export_graph.run_exported(out, crops)
-    segmenter = build.load_segmenter(finetuned)
     torch.testing.assert_close(logits, segmenter.network(crops))
     card = json.loads((out / "card.json").read_text())
-    assert card["output"] == ["batch", 4, 16, 16, 16]
+    assert card["output"] == ["batch", 4, *segmenter.crop]
     assert card["labels"]["1"] == "liver"
 
 
@@ -177,8 +183,9 @@ def test_a_network_of_our_own_is_no_bundle() -> None:
 
 
 RESENC = {
-    "backbone": "nnunet/resenc", "ndim": 3, "in_channels": 1, "spacing_mm": (1.0, 1.0, 1.0),
-    "intensity": {"mode": "zscore"}, "recipe": {"data": {"crop": 64}, "optim": {"batch": 2}},
+    "backbone": "nnunet/resenc", "ndim": 3, "in_channels": 1, "spacing_mm": (0.5, 1.0, 3.0),
+    "intensity": {"mode": "zscore"},
+    "recipe": {"data": {"crop": [64, 48, 32]}, "optim": {"batch": 2}},
 }  # fmt: skip
 
 
@@ -190,8 +197,9 @@ def test_an_adaptation_plan_says_what_nn_unet_asks_for() -> None:
         "key_to_lpe",
     }  # fmt: skip
     assert set(plan) == needed
-    assert plan["recommended_downstream_patchsize"] == [64, 64, 64]
+    assert plan["recommended_downstream_patchsize"] == [32, 48, 64]
     (configuration,) = plan["pretrain_plan"]["configurations"].values()
+    assert configuration["spacing"] == [3.0, 1.0, 0.5]
     assert configuration["normalization_schemes"] == ["ZScoreNormalization"]
 
 
@@ -208,34 +216,110 @@ def test_other_encoders_have_no_adaptation_plan(change, word) -> None:
         adaptation_plan(Passport(**{**RESENC, **change}))
 
 
-def test_nn_unet_s_network_takes_encoder_and_stem(tmp_path: Path, monkeypatch) -> None:
-    """As nnU-Net's fine-tuning does: strictly, into the two sub-modules that the plan names."""
+@pytest.fixture
+def for_nn_unet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, torch.nn.Module]:
+    """The checkpoint of a small residual encoder, and the network it was taken from."""
     pytest.importorskip("dynamic_network_architectures")
     from spark3d.weights.exchange import save_encoder
 
-    small = {
-        "features": [4, 8], "strides": [1, 2], "blocks": [1, 1], "kernel_size": 3,
-    }  # fmt: skip
-    monkeypatch.setattr("spark3d.commands.export_nnunet.RESENC_L", small)
-    net = build.backbone("nnunet/resenc", 3, 1, small)
-    state = {k: v for k, v in net.network.state_dict().items() if k.startswith("encoder.")}
+    monkeypatch.setattr("spark3d.commands.export_nnunet.RESENC_L", SMALL)
+    torch.manual_seed(0)
+    network = build.backbone("nnunet/resenc", 3, 1, SMALL).network
+    state = {k: v for k, v in network.state_dict().items() if k.startswith("encoder.")}
     (tmp_path / "run").mkdir()
     save_encoder(
-        tmp_path / "run" / "encoder.safetensors", state, Passport(**{**RESENC, "options": small})
+        tmp_path / "run" / "encoder.safetensors", state, Passport(**{**RESENC, "options": SMALL})
     )
     export_command(tmp_path / "run", tmp_path / "out", "nnunet")
-    read = torch.load(tmp_path / "out" / FILE, weights_only=True)
+    return tmp_path / "out" / FILE, network
+
+
+SMALL = {"features": [4, 8], "strides": [1, 2], "blocks": [1, 1], "kernel_size": 3}
+
+
+def sees_the_same(theirs: torch.nn.Module, ours: torch.nn.Module) -> None:
+    """The encoder of nnU-Net, on an array in its order of axes, gives our stages."""
+    crop = torch.rand(1, 1, 16, 12, 8)
+    with torch.no_grad():
+        expected = ours.get_submodule("encoder")(crop)
+        found = theirs.get_submodule("encoder")(crop.permute(0, 1, 4, 3, 2))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.permute(0, 1, 4, 3, 2), other)
+
+
+def test_nn_unet_s_network_takes_encoder_and_stem(for_nn_unet: tuple) -> None:
+    """As nnU-Net's fine-tuning does: strictly, into the two sub-modules that the plan names."""
+    file, ours = for_nn_unet
+    read = torch.load(file, weights_only=True)
     plan, weights = read["nnssl_adaptation_plan"], read["network_weights"]
     torch.manual_seed(1)
-    fresh = build.backbone("nnunet/resenc", 3, 1, small).network
+    fresh = build.backbone("nnunet/resenc", 3, 1, SMALL).network
     for key in (plan["key_to_encoder"], plan["key_to_stem"]):
         inner = {k.removeprefix(f"{key}."): v for k, v in weights.items() if k.startswith(key)}
         fresh.get_submodule(key).load_state_dict(inner)
     for key in plan["keys_to_in_proj"]:
         assert f"{key}.weight" in weights
-    for key, value in state.items():
-        assert torch.equal(fresh.state_dict()[key], value)
-    assert set(RESENC_L) == set(small)
+    sees_the_same(fresh, ours)
+    assert set(RESENC_L) == set(SMALL)
+
+
+@pytest.fixture
+def built_by_nn_unet() -> torch.nn.Module:
+    """That shape, built by the package nnunetv2 from plans in its own words."""
+    pytest.importorskip("nnunetv2", reason="needs nnU-Net itself: pip install nnunetv2")
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+    torch.manual_seed(2)
+    words = {
+        "n_stages": 2, "features_per_stage": [4, 8], "conv_op": "torch.nn.modules.conv.Conv3d",
+        "kernel_sizes": [[3, 3, 3]] * 2, "strides": [[1, 1, 1], [2, 2, 2]],
+        "n_blocks_per_stage": [1, 1], "n_conv_per_stage_decoder": [1], "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True}, "dropout_op": None,
+        "dropout_op_kwargs": None, "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }  # fmt: skip
+    return get_network_from_plans(
+        "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet", words,
+        ("conv_op", "norm_op", "dropout_op", "nonlin"), 1, 3, deep_supervision=False,
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # of nnU-Net about itself
+def test_the_keys_are_those_of_nn_unet_s_own_network(
+    for_nn_unet: tuple, built_by_nn_unet: torch.nn.Module
+) -> None:
+    file, ours = for_nn_unet
+    read = torch.load(file, weights_only=True)
+    plan, weights, theirs = read["nnssl_adaptation_plan"], read["network_weights"], built_by_nn_unet
+    assert plan["key_to_encoder"] == theirs.key_to_encoder
+    assert plan["key_to_stem"] == theirs.key_to_stem
+    assert tuple(plan["keys_to_in_proj"]) == tuple(theirs.keys_to_in_proj)
+    for key in (theirs.key_to_encoder, theirs.key_to_stem):
+        inner = {k.removeprefix(f"{key}."): v for k, v in weights.items() if k.startswith(key)}
+        theirs.get_submodule(key).load_state_dict(inner)
+    sees_the_same(theirs, ours)
+
+
+@pytest.mark.filterwarnings("ignore")  # of nnU-Net about itself
+def test_nn_unet_s_own_fine_tuning_reads_the_checkpoint(
+    for_nn_unet: tuple, built_by_nn_unet: torch.nn.Module
+) -> None:
+    trainer = "nnunetv2.training.nnUNetTrainer.pretraining.pretrainedTrainer"
+    pretrained = pytest.importorskip(
+        trainer, reason="this nnunetv2 has no fine-tuning from adaptation plans (2.8.1 has not)"
+    )
+    file, ours = for_nn_unet
+    plan = torch.load(file, weights_only=True)["nnssl_adaptation_plan"]
+    configuration = next(iter(plan["pretrain_plan"]["configurations"].values()))
+    network, mismatch = pretrained.PretrainedTrainer.load_pretrained_weights(
+        built_by_nn_unet, str(file), plan["pretrain_num_input_channels"], 1,
+        configuration["patch_size"], plan["recommended_downstream_patchsize"],
+        plan["key_to_encoder"], plan["key_to_stem"], tuple(plan["keys_to_in_proj"]),
+        plan["key_to_lpe"],
+    )  # fmt: skip
+    assert not mismatch
+    sees_the_same(network, ours)
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,9 @@ def bench_predict(
     ] = "agree,peak,time",
     quick: Annotated[bool, typer.Option(help="A tiny volume: only to see it run.")] = False,
     threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
-    seconds: Annotated[float, typer.Option(help="Of timing; no round begins later.")] = 600.0,
+    seconds: Annotated[
+        float, typer.Option(help="No further round of timing begins later.")
+    ] = 3600.0,
     rounds: Annotated[int, typer.Option(help="Counted, at most.")] = 3,
 ) -> None:
     """Sliding windows against MONAI's on 14 classes of 512 x 512 x 300: result, memory, time.

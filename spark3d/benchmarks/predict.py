@@ -6,6 +6,7 @@ python -m spark3d.benchmarks.predict 2 '{"measure": "time", ...}'
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spark3d.benchmarks import meter
-from spark3d.benchmarks.predict_cases import LAST, PredictCase, PredictJob
+from spark3d.benchmarks.predict_cases import PredictCase, PredictJob
 from spark3d.evaluation.peer import monai_labels, monai_logits
 from spark3d.evaluation.windows import WindowPlan, predict_labels, predict_logits
 from spark3d.models.backbones import build_backbone
@@ -54,16 +55,24 @@ def run_job(job: PredictJob) -> dict[str, Any]:
         before = meter.peak_memory()
         run()
         return {"before": before, "peak": meter.peak_memory()}
+    return _one_round(job)
+
+
+def _one_round(job: PredictJob) -> dict[str, Any]:
+    """Seconds of every contestant, in reversed order in every other round.
+
+    Each predicts a volume of one window first, which is not counted.
+    """
     load = os.getloadavg()[0]
-    runs = contestants(job.case)
-    prepare = {name: lambda _, run=run: run for name, run in runs.items()}
-    seconds = meter.alternate(prepare, job.seconds, job.rounds, warm=True)
-    return {
-        "seconds": seconds,
-        "spread": {name: meter.spread(taken) for name, taken in seconds.items()},
-        "ratios": meter.paired_ratios(seconds, LAST),
-        "load": [load, os.getloadavg()[0]],
-    }
+    for run in contestants(replace(job.case, size=job.case.window)).values():
+        run()
+    runs = list(contestants(job.case).items())
+    seconds = {}
+    for name, run in reversed(runs) if job.round % 2 else runs:
+        start = time.perf_counter()
+        run()
+        seconds[name] = time.perf_counter() - start
+    return {"seconds": seconds, "load": [load, os.getloadavg()[0]]}
 
 
 def _agreement(case: PredictCase) -> dict[str, float]:

@@ -59,18 +59,18 @@ QUICK = PredictCase((40, 36, 30), 4, (16, 16, 16), 0.25, 8)
 
 @dataclass(frozen=True)
 class PredictJob:
-    """One process: a case and what is measured of it."""
+    """One process: a case and what is measured of it; of the time, one round of all contestants."""
 
     measure: Measure
     case: PredictCase = field(default_factory=PredictCase)
     contestant: str | None = None
-    seconds: float = 60.0
-    rounds: tuple[int, int] = (1, 3)
+    round: int = 0
 
     @property
     def key(self) -> str:
         """Where its result is kept."""
-        return f"{self.measure}: {self.contestant}" if self.contestant else self.measure
+        part = self.contestant or (f"round {self.round}" if self.round else "")
+        return f"{self.measure}: {part}" if part else self.measure
 
     def as_dict(self) -> dict[str, Any]:
         """For another process."""
@@ -81,13 +81,10 @@ class PredictJob:
         """The inverse of `as_dict`, also after a way through JSON."""
         case = dict(given["case"])
         case |= {key: tuple(case[key]) for key in ("size", "window")}
-        rest = {**given, "case": PredictCase(**case), "rounds": tuple(given["rounds"])}
-        return cls(**rest)
+        return cls(**{**given, "case": PredictCase(**case)})
 
 
-def predict_jobs(
-    case: PredictCase, measures: Sequence[Measure], seconds: float, rounds: int
-) -> list[PredictJob]:
+def predict_jobs(case: PredictCase, measures: Sequence[Measure], rounds: int) -> list[PredictJob]:
     """The processes to run: what noise does not touch first."""
     out: list[PredictJob] = []
     for measure in MEASURES:
@@ -95,6 +92,8 @@ def predict_jobs(
             continue
         if measure == "peak":
             out += [PredictJob(measure, case, name) for name in CONTESTANTS]
+        elif measure == "time":
+            out += [PredictJob(measure, case, None, n) for n in range(1, rounds + 1)]
         else:
-            out.append(PredictJob(measure, case, None, seconds, (1, rounds)))
+            out.append(PredictJob(measure, case))
     return out

@@ -6,6 +6,7 @@ where it was stopped.
 
 import functools
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from spark3d.benchmarks.meter import paired_ratios, spread
 from spark3d.benchmarks.predict_cases import (
     CONTESTANTS,
     LAST,
@@ -49,8 +51,8 @@ def bench_predict_command(
         measures: "agree" (logits), "peak" (memory), "time".
         quick: a tiny volume, to see that everything runs.
         threads: of torch.
-        seconds: of timing; no new round begins after it.
-        rounds: most rounds counted.
+        seconds: no second or later round of timing begins after it.
+        rounds: most rounds counted; each is a process of its own, and kept when it ends.
         runner: how a job is run; by default in a fresh process.
         console: where the table goes.
 
@@ -69,9 +71,13 @@ def bench_predict_command(
     run = runner or functools.partial(in_a_process, worker="spark3d.benchmarks.predict")
     document = load(out, threads)
     found = document["results"].setdefault(case.name, {})
-    for job in predict_jobs(case, chosen, seconds, rounds):
+    began = time.perf_counter()
+    for job in predict_jobs(case, chosen, rounds):
         if job.key in found:
             continue
+        if job.round > 1 and time.perf_counter() - began > seconds:
+            log.warning("out of time: the same command goes on with %s", job.key)
+            break
         answer = run(job, threads)
         document["machine"] = answer.get("machine", document["machine"])
         found[job.key] = answer["result"]
@@ -89,12 +95,13 @@ def table(case: PredictCase, found: Mapping[str, Any]) -> Table:
     rich.add_column("contestant")
     for head in ("seconds", "times ours (paired)", "peak MiB", "times ours", "above start, MiB"):
         rich.add_column(head, justify="right")
-    timed, ours = found.get("time", {}), found.get(f"peak: {LAST}", {})
+    timed, ours = rounds_of(found), found.get(f"peak: {LAST}", {})
+    taken = {n: [r["seconds"][n] for r in timed if "seconds" in r] for n in CONTESTANTS}
+    failed = next((r["failed"] for r in timed if "failed" in r), "")
+    ratios = paired_ratios(taken, LAST) if taken[LAST] else {}
     for name in CONTESTANTS:
-        spread = timed.get("spread", {}).get(name)
-        ratio = timed.get("ratios", {}).get(f"{name}/{LAST}")
-        peak = found.get(f"peak: {name}", {})
-        row = [name, f"{spread['median']:.1f}" if spread else timed.get("failed", "")]
+        ratio, peak = ratios.get(f"{name}/{LAST}"), found.get(f"peak: {name}", {})
+        row = [name, f"{spread(taken[name])['median']:.1f}" if taken[name] else failed]
         row.append(
             f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else ""
         )
@@ -105,6 +112,11 @@ def table(case: PredictCase, found: Mapping[str, Any]) -> Table:
             row += [peak.get("failed", ""), "", ""]
         rich.add_row(*row)
     return rich
+
+
+def rounds_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the rounds of timing gave."""
+    return [result for key, result in found.items() if key.startswith("time: ")]
 
 
 def footer(
@@ -119,7 +131,7 @@ def footer(
         f"{machine.get('cpu', 'unknown')}, {machine['threads']} threads",
         f"torch {machine.get('torch', 'unknown')}",
     ]  # fmt: skip
-    if load_average := found.get("time", {}).get("load"):
+    if load_average := [value for r in rounds_of(found) for value in r.get("load", ())]:
         parts.append(f"load {min(load_average):.1f} to {max(load_average):.1f}")
     return "; ".join([*parts, str(out)])
 

@@ -37,5 +37,12 @@ def monai_logits(
 def monai_labels(
     network: nn.Module, volume: Tensor, plan: WindowPlan, options: Mapping[str, Any] | None = None
 ) -> Tensor:
-    """Label map `(*size)`, uint8: the class with the largest blended logit."""
-    return monai_logits(network, volume, plan, options).argmax(0).to(torch.uint8)
+    """Label map `(*size)`, uint8: the class with the largest blended logit.
+
+    Taken row by row, as an argmax of the whole volume would add a map of int64 to the peak.
+    """
+    logits = monai_logits(network, volume, plan, options)
+    labels = torch.empty(logits.shape[1:], dtype=torch.uint8)
+    for row in range(len(labels)):
+        labels[row] = logits[:, row].argmax(0)
+    return labels

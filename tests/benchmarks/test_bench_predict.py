@@ -30,12 +30,7 @@ def invented(job: PredictJob, threads: int) -> dict[str, Any]:
         "agree": {"largest_difference": 2e-6, "largest_logit": 3.5, "labels_that_differ": 0.0},
         "peak": {"before": 1 << 20, "peak": (3 if job.contestant == "spark3d" else 9) << 20},
         "time": {
-            "spread": {n: {"median": 4.0, "low": 3.0, "high": 5.0} for n in CONTESTANTS},
-            "ratios": {
-                f"{n}/spark3d": {"median": 2.5, "low": 2, "high": 3}
-                for n in CONTESTANTS
-                if n != "spark3d"
-            },
+            "seconds": {n: 2.0 if n == "spark3d" else 3.0 + job.round for n in CONTESTANTS},
             "load": [0.5, 1.5],
         },
     }
@@ -60,9 +55,11 @@ def test_logits_agree_to_1e_5() -> None:
 def test_peak_and_time_are_measured() -> None:
     peak = run_job(PredictJob("peak", TINY, "spark3d"))
     assert peak["peak"] >= peak["before"] > 0
-    time = run_job(PredictJob("time", TINY, None, 0.0, (1, 1)))
-    assert set(time["seconds"]) == set(CONTESTANTS)
-    assert time["ratios"]["monai/spark3d"]["median"] > 0
+    for number in (1, 2):
+        time = run_job(PredictJob("time", TINY, None, number))
+        order = list(CONTESTANTS) if number == 2 else list(reversed(CONTESTANTS))
+        assert list(time["seconds"]) == order
+        assert min(time["seconds"].values()) > 0
 
 
 def test_table_and_file_of_a_whole_run_are_completed(tmp_path: Path) -> None:
@@ -74,8 +71,10 @@ def test_table_and_file_of_a_whole_run_are_completed(tmp_path: Path) -> None:
 
     bench_predict_command(out, ["agree", "peak"], True, runner=count, console=console)
     assert len(calls) == 1 + len(CONTESTANTS)
+    bench_predict_command(out, quick=True, runner=count, console=console, seconds=0)
+    assert [job.key for job in calls[4:]] == ["time: round 1"]
     bench_predict_command(out, quick=True, runner=count, console=console)
-    assert [job.measure for job in calls[4:]] == ["time"]
+    assert [job.key for job in calls[5:]] == ["time: round 2", "time: round 3"]
     text = console.export_text()
     assert "2.50 (2.00-3.00)" in text
     assert "3.00" in text
@@ -84,7 +83,7 @@ def test_table_and_file_of_a_whole_run_are_completed(tmp_path: Path) -> None:
 
 
 def test_jobs_survive_json() -> None:
-    for job in predict_jobs(PredictCase(), ["time", "peak", "agree"], 10.0, 3):
+    for job in predict_jobs(PredictCase(), ["time", "peak", "agree"], 3):
         assert PredictJob.from_dict(json.loads(json.dumps(job.as_dict()))) == job
 
 

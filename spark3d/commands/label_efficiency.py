@@ -20,6 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from spark3d import build
+from spark3d.commands.finetune import usual_recipe
 from spark3d.commands.label_jobs import Job, Study, run_job, run_job_apart
 from spark3d.commands.label_tables import write_tables
 from spark3d.commands.labelled import (

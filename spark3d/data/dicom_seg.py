@@ -104,7 +104,7 @@ def write_dicom_seg(
     numbers = np.zeros(max(names) + 1, np.uint8 if len(names) < 256 else np.uint16)
     for number, label in enumerate(sorted(names), start=1):
         numbers[label] = number
-    frames = numbers[restore(labels, source).transpose(2, 1, 0)]
+    frames = numbers[restore(labels, source).astype(np.uint16).transpose(2, 1, 0)]
     headers = [_header(file, folder) for file in ordered]
     try:
         with warnings.catch_warnings():

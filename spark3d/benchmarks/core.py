@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,14 +32,23 @@ class Contestant:
         case: What to do.
         name: One of `CONTESTANTS`.
         dtype: Of weights and crops.
+        device: Where it runs.
+        low: Forward under bfloat16 autocast.
     """
 
-    def __init__(self, case: Case, name: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        case: Case,
+        name: str,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        low: bool = False,
+    ) -> None:
         torch.manual_seed(0)
         kind, _, decoder = name.partition("+")
         net = NETWORKS[case.network]
         backbone = build_backbone(net.backbone, 3, 1, **net.options)
-        self.case, self.cell = case, backbone.stride
+        self.case, self.cell, self.device, self.low = case, backbone.stride, device, low
         self.encoder: Encoder
         if kind == "p":
             self.encoder = SparseEncoder(backbone.network, backbone.stages, 3)
@@ -48,16 +58,17 @@ class Contestant:
         self.optimizer: torch.optim.Optimizer | None = None
         if decoder:
             self.module = _spark(self.encoder, backbone, case, decoder)
+        self.module.to(device, dtype)
+        if decoder:
             self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4)
-        self.module.to(dtype)
         size = (case.crop,) * 3
         rng = torch.Generator().manual_seed(1)
-        self.crops = torch.randn(case.batch, 1, *size, generator=rng).to(dtype)
+        self.crops = torch.randn(case.batch, 1, *size, generator=rng).to(device, dtype)
         self.grads: list[Tensor] = []
         if not decoder:
             self.grads = [
                 torch.randn(case.batch, c, *(case.crop // s for s in strides), generator=rng)
-                .to(dtype)
+                .to(device, dtype)
                 .div_(c)
                 for c, strides in zip(backbone.channels, backbone.strides, strict=True)
             ]
@@ -66,11 +77,18 @@ class Contestant:
         """A mask that no table has been built for yet."""
         grid = [self.case.crop // side for side in self.cell]
         rng = torch.Generator().manual_seed(seed)
-        return random_mask(self.case.batch, grid, self.case.ratio, self.cell, rng)
+        return random_mask(self.case.batch, grid, self.case.ratio, self.cell, rng).to(self.device)
+
+    def first_stages(self, count: int) -> "Contestant":
+        """Itself, whose encoder ends with its `count`-th stage."""
+        self.encoder.stages, self.grads = self.encoder.stages[:count], self.grads[:count]
+        return self
 
     def outputs(self, mask: CellMask) -> Sequence[Tensor]:
         """The maps of the encoder, or the loss."""
-        found = self.module(self.crops, mask)
+        kind = torch.device(self.device).type
+        with torch.autocast(kind, torch.bfloat16) if self.low else nullcontext():
+            found = self.module(self.crops, mask)
         return [found.total] if self.optimizer else found.maps
 
     def prepare(self, seed: int) -> Callable[[], None]:

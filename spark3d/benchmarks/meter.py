@@ -96,9 +96,10 @@ def table_bytes(mask: CellMask) -> int:
     storages: dict[int, int] = {}
     for value in mask.tables.values():
         for table in value if isinstance(value, tuple) else (value,):
-            if not isinstance(table, Table):
+            if not isinstance(table, Table | Tensor):
                 raise TypeError(f"the mask remembers a {type(table).__name__}; count it here")
-            storage = table.index.untyped_storage()
+            index = table.index if isinstance(table, Table) else table
+            storage = index.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jaxtyping import Bool, Float, Int
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from spark3d.sparse.gather import to_device
 from spark3d.sparse.mask import CellMask
 
 
@@ -47,14 +49,14 @@ def cut_hidden(x: Float[Tensor, "b c *size"], mask: CellMask) -> Float[Tensor, "
     if any(s % g for s, g in zip(size, mask.grid, strict=True)):
         raise ValueError(f"a map of {size} sites cannot be cut into {mask.grid} cells")
     cell = [s // g for s, g in zip(size, mask.grid, strict=True)]
-    return split_cells(x, cell).index_select(0, _where(~mask.host).to(x.device))
+    return split_cells(x, cell).index_select(0, _cells(mask, False, x.device))
 
 
 def paste_hidden(
     x: Float[Tensor, "b c *size"], cells: Float[Tensor, "n c *cell"], mask: CellMask
 ) -> Float[Tensor, "b c *size"]:
     """`x` with its hidden cells replaced by `cells`, which are ordered as `cut_hidden` does."""
-    where = _where(~mask.host).to(x.device)
+    where = _cells(mask, False, x.device)
     return join_cells(split_cells(x, cells.shape[2:]).index_copy(0, where, cells), mask.grid)
 
 
@@ -65,7 +67,7 @@ def fill_hidden(
     cell, ndim, channels = tuple(packed.shape[2:]), mask.ndim, packed.shape[1]
     rows = packed.movedim(1, -1)  # packed cells are stored channels-last: a view
     blank = vector.to(packed.dtype).reshape(channels).expand(mask.host.numel(), *cell, channels)
-    every = blank.index_copy(0, _where(mask.host).to(packed.device), rows)
+    every = blank.index_copy(0, _cells(mask, True, packed.device), rows)
     apart = every.view(mask.batch, *mask.grid, *cell, channels)
     pairs = [axis for a in range(ndim) for axis in (1 + a, 1 + ndim + a)]
     size = [g * p for g, p in zip(mask.grid, cell, strict=True)]
@@ -73,6 +75,11 @@ def fill_hidden(
     return whole.movedim(-1, 1)
 
 
-def _where(cells: Bool[Tensor, "b *grid"]) -> Int[Tensor, " n"]:
-    """Numbers of the cells that are True, found on the CPU so that no device waits for them."""
-    return cells.flatten().nonzero().flatten()
+def _cells(mask: CellMask, visible: bool, device: torch.device) -> Int[Tensor, " n"]:
+    """Numbers of the visible or hidden cells, found on the CPU, so that no device waits."""
+
+    def build() -> Tensor:
+        chosen = mask.host if visible else ~mask.host
+        return to_device(chosen.flatten().nonzero().flatten(), device)
+
+    return mask.remember(("cells", visible, device), build)

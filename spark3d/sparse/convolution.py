@@ -57,11 +57,17 @@ class ConvCase(NamedTuple):
     channels: int
     out_channels: int
     span: Span
+    device: str = "cpu"
 
     @property
     def depthwise(self) -> bool:
         """Every channel has one kernel of its own."""
         return 1 < self.groups == self.channels == self.out_channels
+
+    @property
+    def own_gradients(self) -> bool:
+        """Gradients as forward convolutions: the library's are slow for such a kernel on a CPU."""
+        return self.depthwise and self.device == "cpu"
 
     @property
     def local(self) -> bool:
@@ -79,7 +85,9 @@ class ConvCase(NamedTuple):
 
 
 def choose(case: ConvCase) -> Strategy:
-    """The way that was fastest for such a case (docs/performance.md)."""
+    """The way that was fastest for such a case on a CPU (docs/performance.md); on other devices
+    nobody has measured yet, so they take the same.
+    """
     if case.local:
         return "local"
     if case.depthwise and max(case.stride) == 1:
@@ -104,11 +112,7 @@ def convolve(
     Raises:
         ValueError: the strategy cannot compute this case.
     """
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        low = torch.get_autocast_dtype(kind)
-        x, weight = x.to(low), weight.to(low)
-        bias = None if bias is None else bias.to(low)
+    x, weight, bias = depthwise.autocast(x, weight, bias)
     if strategy == "local":
         return _local(x, weight, bias, case)
     if strategy == "grid":
@@ -300,7 +304,7 @@ def _valid(x: Tensor, weight: Tensor, bias: Tensor | None, case: ConvCase) -> Te
 
 
 def _weight_gradient(wide: Tensor, grad: Tensor, weight: Tensor, case: ConvCase) -> Tensor:
-    if case.depthwise and wide.device.type == "cpu":
+    if case.own_gradients:
         none = (0,) * len(case.cell)
         return depthwise.weight_gradient(wide, grad, case.kernel, case.stride, none, case.dilation)
     return _library_gradient(wide, grad, weight, case, of=1)
@@ -312,13 +316,13 @@ def _input_gradient(
     if max(case.stride) == 1:
         mirrored = case.mirrored
         wide = surround(grad, mask, mirrored.span)
-        if case.depthwise and x.device.type == "cpu":
+        if case.own_gradients:
             return _valid(wide, weight.flip(tuple(range(2, weight.ndim))), None, mirrored)
         reach = [d * (k - 1) for k, d in zip(case.kernel, case.dilation, strict=True)]
         transposed = CONV_TRANSPOSE[x.ndim - 2]
         return transposed(wide, weight, None, 1, reach, 0, case.groups, case.dilation)
     table = halo_table(mask, case.cell, case.span, x.device)
-    if case.depthwise and x.device.type == "cpu":
+    if case.own_gradients:
         wide = depthwise.input_gradient(
             grad, weight, case.span.length, case.stride, (0,) * len(case.cell), case.dilation
         )

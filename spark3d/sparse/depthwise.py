@@ -40,11 +40,19 @@ def depthwise_conv(
     )
     if x.device.type != "cpu":
         return CONV[ndim](x, weight, bias, stride, padding, dilation, x.shape[1])
-    if torch.is_autocast_enabled("cpu"):
-        low = torch.get_autocast_dtype("cpu")
-        x, weight = x.to(low), weight.to(low)
-        bias = None if bias is None else bias.to(low)
+    x, weight, bias = autocast(x, weight, bias)
     return _Depthwise.apply(x, weight, bias, stride, padding, dilation)  # pyright: ignore[reportReturnType]
+
+
+def autocast(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands of a convolution in the precision that autocast wants on their device."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x, weight, bias
+    low = torch.get_autocast_dtype(kind)
+    return x.to(low), weight.to(low), None if bias is None else bias.to(low)
 
 
 def input_gradient(

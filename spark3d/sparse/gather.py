@@ -14,6 +14,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def to_device(made: Tensor, device: torch.device | str) -> Tensor:
+    """What was made on the CPU, on `device`, without waiting for what that is still busy with."""
+    device = torch.device(device)
+    if device.type == "cuda" and made.device.type == "cpu":
+        made = made.pin_memory()  # a copy from ordinary memory waits for the device
+    return made.to(device, non_blocking=True)
+
+
 class Table:
     """Row numbers to gather, and on first use the places that name each row, for the adjoint.
 
@@ -29,7 +37,7 @@ class Table:
     def __init__(self, index: Tensor, n_rows: int, device: torch.device) -> None:
         self._host = index
         self.n_rows = n_rows
-        self.index = index.to(device)
+        self.index = to_device(index, device)
         self.inverse: Table | None = None
         self._places: tuple[Tensor, Tensor] | None = None
 
@@ -41,7 +49,8 @@ class Table:
             begin = torch.cat([count.new_zeros(1), count.cumsum(0)])[: self.n_rows + 1]
             order = order[: int(begin[-1])]
             device = self.index.device
-            self._places = order.to(device), begin[: self.n_rows].to(device)
+            begin = begin[: self.n_rows].contiguous()
+            self._places = to_device(order, device), to_device(begin, device)
         return self._places
 
     def gather(self, rows: Tensor, fill: float = 0.0) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from spark3d.sparse.gather import to_device
 from spark3d.sparse.geometry import GeometryError
 
 T = TypeVar("T")
@@ -75,7 +76,7 @@ class CellMask:
     def to(self, device: torch.device | str) -> "CellMask":
         """The same mask with `visible` on `device`; nothing is counted again."""
         return CellMask(
-            self.visible.to(device), self.cell_size, self.n_visible, self.host, self.tables
+            to_device(self.visible, device), self.cell_size, self.n_visible, self.host, self.tables
         )
 
     def remember(self, key: Hashable, build: Callable[[], T]) -> T:

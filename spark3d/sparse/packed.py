@@ -87,6 +87,7 @@ def conv(
         x.shape[1],
         weight.shape[0],
         window_span(cell, layout, kernel, stride, padding, dilation),
+        x.device.type,
     )
     return convolve(x, layout.mask, weight, bias, case, layout.strategy(case))
 

@@ -55,12 +55,34 @@ def test_the_official_decoder_is_the_official_one() -> None:
     assert decoder.widths == (96, 192, 384, 768)
     assert [block.conv2.out_channels for block in decoder.blocks] == [384, 192, 96, 48, 24]
     assert sum(p.numel() for p in decoder.parameters()) == 23_183_115
-    up, conv = decoder.blocks[0].up, decoder.blocks[0].conv1
+    up = decoder.blocks[0].up
     assert (up.kernel_size, up.stride, up.padding) == ((4, 4), (2, 2), (1, 1))
-    assert up.weight.std().item() == pytest.approx((2 / (768 * 16)) ** 0.5, rel=0.01)
-    assert conv.weight.std().item() == pytest.approx(0.02, rel=0.01)
+    assert_initialised_as_published(decoder)
+
+
+def assert_initialised_as_published(decoder: OfficialDecoder) -> None:
+    up, conv = decoder.blocks[0].up, decoder.blocks[0].conv1
+    kaiming = (2 / (up.out_channels * 16)) ** 0.5
+    assert up.weight.std().item() == pytest.approx(kaiming, rel=0.05)
+    assert conv.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert not up.bias.any()
     assert not decoder.proj.bias.any()
+
+
+def test_an_initialisation_that_an_earlier_branch_shadows_is_caught() -> None:
+    """SparK: the branch for every convolution came first, so transposed ones never met theirs."""
+
+    def shadowed(module: nn.Module) -> None:
+        if isinstance(module, nn.modules.conv._ConvNd):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+        elif isinstance(module, nn.ConvTranspose2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    decoder = OfficialDecoder(((4, 4), (8, 8)), 1, 64)
+    assert_initialised_as_published(decoder)
+    decoder.apply(shadowed)
+    with pytest.raises(AssertionError):
+        assert_initialised_as_published(decoder)
 
 
 def test_axes_that_do_not_double_keep_their_size() -> None:

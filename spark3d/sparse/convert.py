@@ -195,7 +195,10 @@ def _meaning(layer: nn.Module) -> tuple[type[Masked] | None, str]:
     mixin = kind.__dict__.get("__masked_class__") or MASKED.get(kind) or BY_NAME.get(name)
     if mixin is not None:
         reason = mixin.check(layer)
-        return (Unsupported, reason) if reason else (mixin, "")
+        remedy = (
+            f"build it without, or register a class derived from {kind.__name__} (docs/core.md)"
+        )
+        return (Unsupported, f"{reason}; {remedy}") if reason else (mixin, "")
     if name in POINTWISE or kind in CONTAINERS:
         return None, ""
     if name in LAYER_NORMS:
@@ -204,11 +207,15 @@ def _meaning(layer: nn.Module) -> tuple[type[Masked] | None, str]:
             return None, ""
         return (
             Unsupported,
-            f"{kind.__name__} over normalized_shape={shape} mixes sites; only channels is defined",
+            f"{kind.__name__} over normalized_shape={shape} mixes sites; normalise over channels",
         )
     composed = next(layer.children(), None) is not None and not kind.__module__.startswith(
         "torch.nn."
     )
     if composed and not isinstance(layer, (*MASKED, nn.LayerNorm)):
         return None, ""
-    return Unsupported, "its meaning on hidden cells is not defined"
+    return Unsupported, (
+        "its meaning on hidden cells is not defined; call spark3d.sparse.register_masked("
+        f"{kind.__name__}, Pointwise) if it works on each site alone, else register a class "
+        "derived from Masked that says what it does (docs/core.md)"
+    )

@@ -101,9 +101,7 @@ class Unsupported(Masked):
         kinds = type(self).__mro__
         dense = kinds[kinds.index(Masked) + 1]
         raise TypeError(
-            f"layer {name!r} ({dense.__module__}.{dense.__qualname__}) cannot be masked: {reason}; "
-            "derive a class from spark3d.sparse.layers.Masked that says what it does and call "
-            f"register_masked({dense.__name__}, it)"
+            f"layer {name!r} ({dense.__module__}.{dense.__qualname__}) cannot be masked: {reason}"
         )
 
 

@@ -1,5 +1,7 @@
 """Packed equals reference over random masks, grids, cells, kernels, strides and groups."""
 
+from typing import Any
+
 import pytest
 import torch
 from both_backends import assert_both_equal, draw_mask
@@ -8,7 +10,9 @@ from hypothesis import strategies as st
 from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 
-from spark3d.sparse import CellMask
+from spark3d.sparse import CellMask, packed
+from spark3d.sparse.cells import Span
+from spark3d.sparse.gather import Table
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 Axes = tuple[tuple[int, ...], ...]
@@ -100,3 +104,38 @@ def test_any_norm(ndim: int, data: st.DataObject) -> None:
     sites = mask.batch * mask.n_visible * torch.Size(cell).numel()
     assume(sites > mask.batch)  # one site has no variance
     assert_both_equal(layer, 3 + crops_of(mask, 6), mask, tolerance=1e-9)
+
+
+def shifted(right: Any) -> Any:
+    def span(*args: Any) -> Span:
+        found = right(*args)
+        return found._replace(before=tuple(n + 1 for n in found.before))
+
+    return span
+
+
+FAULTS: dict[str, tuple[Any, str, Any]] = {
+    "a halo shifted by one site": (packed, "window_span", shifted),
+    "an adjoint that loses copies": (
+        Table,
+        "scatter",
+        lambda right: lambda self, grads: right(self, grads) * (1 if self.inverse else 0.5),
+    ),
+    "hidden neighbours that are not zero": (
+        Table,
+        "gather",
+        lambda right: lambda self, rows, fill=0.0: right(self, rows, fill + 1),
+    ),
+}
+
+
+@pytest.mark.parametrize(("owner", "name", "wrong"), FAULTS.values(), ids=FAULTS)
+def test_the_comparison_finds_errors(
+    owner: Any, name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = draw_mask((3, 3), (4, 4))
+    layer = nn.Conv2d(4, 4, 3, 2, 1).double()
+    assert_both_equal(layer, crops_of(mask, 4), mask)
+    monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
+    with pytest.raises(AssertionError):
+        assert_both_equal(nn.Conv2d(4, 4, 3, 2, 1).double(), crops_of(mask, 4), mask)

@@ -5,8 +5,6 @@ import math
 import pytest
 import torch
 from both_backends import assert_both_equal, draw_mask, run_both
-from hypothesis import assume, given
-from hypothesis import strategies as st
 from timm.layers.drop import DropPath
 from timm.layers.grn import GlobalResponseNorm
 from timm.layers.norm_act import BatchNormAct2d
@@ -61,34 +59,6 @@ def test_strides_and_kernels_per_axis() -> None:
     x, mask = make_input(3, 2)
     options = {"kernel_size": (1, 3, 5), "stride": (1, 2, 4), "padding": (0, 1, 2)}
     assert_both_equal(nn.Conv3d(2, 3, **options, dtype=torch.float64), x, mask)
-
-
-@st.composite
-def geometries(draw: st.DrawFn) -> tuple[tuple[int, ...], ...]:
-    """Grid, cell, kernel, stride, padding and dilation that keep the cells in place."""
-    axes = draw(st.integers(1, 2))
-    parts = []
-    for _ in range(axes):
-        stride = draw(st.integers(1, 3))
-        cell = stride * draw(st.integers(1, 3))
-        dilation = draw(st.integers(1, 2))
-        kernel = draw(st.integers(1, 5))
-        total = dilation * (kernel - 1) + 1 - stride
-        low = max(0, -(-total // 2))
-        assume(low * 2 - total < stride)
-        parts.append((draw(st.integers(2, 4)), cell, kernel, stride, low, dilation))
-    return tuple(zip(*parts, strict=True))
-
-
-@given(geometry=geometries(), groups=st.sampled_from([1, 2, 4]), seed=st.integers(0, 99))
-def test_any_convolution(geometry: tuple, groups: int, seed: int) -> None:
-    grid, cell, kernel, stride, padding, dilation = geometry
-    mask = draw_mask(grid, cell, seed=seed)
-    x = torch.randn(2, 4, *mask.size, dtype=torch.float64)
-    layer = CONV[len(grid)](
-        4, 4, kernel, stride, padding, dilation, groups=groups, dtype=torch.float64
-    )
-    assert_both_equal(layer, x, mask)
 
 
 @pytest.mark.parametrize("strategy", ["halo", "columns", "grid"])

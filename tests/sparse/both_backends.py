@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from spark3d.sparse import functional, packed
 from spark3d.sparse.cells import pack, unpack
-from spark3d.sparse.convert import sparsify
+from spark3d.sparse.convert import restore_dense, sparsify
 from spark3d.sparse.mask import CellMask, random_mask
 from spark3d.sparse.slot import MaskSlot, Run
 
@@ -70,3 +70,9 @@ def assert_both_equal(
     scale = max(float(v.abs().max()) for v in reference.values())
     for name, expected in reference.items():
         assert float((expected - fast[name]).abs().max()) <= tolerance * max(scale, 1), name
+
+
+def restored(network: nn.Module) -> nn.Module:
+    """The network, dense again."""
+    restore_dense(network)
+    return network

@@ -4,7 +4,7 @@ import copy
 
 import torch
 from both_backends import draw_mask
-from small_networks import Small
+from small_networks import Small, plain_cnn
 from torch import Tensor, nn
 
 from spark3d.sparse import CellMask, SparseEncoder, restore_dense
@@ -21,6 +21,16 @@ def make_batch(
     grid = [n // c for n, c in zip(small.size, small.cell, strict=True)]
     crops = torch.randn(2, small.in_channels, *small.size, dtype=dtype)
     return crops, draw_mask(grid, small.cell, 0.6, seed=seed)
+
+
+def plain_encoder() -> SparseEncoder:
+    """Of the plain 2D network, in float64."""
+    return SparseEncoder(plain_cnn(2), ("stem", "layer1", "layer2"), 2).double()
+
+
+def plain_batch() -> tuple[Tensor, CellMask]:
+    """Two crops for it, and a mask of cells of 4."""
+    return torch.randn(2, 1, 12, 16, dtype=torch.float64), draw_mask((3, 4), (4, 4))
 
 
 def assert_proof_holds(small: Small) -> None:

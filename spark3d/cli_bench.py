@@ -12,11 +12,16 @@ bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is
 def bench_core(
     out: Annotated[Path, typer.Option(help="JSON of results; an existing one is completed.")],
     measures: Annotated[
-        str, typer.Option(help="time, saved (activations), peak (memory), with commas.")
+        str,
+        typer.Option(help="time, saved (activations), peak (memory), profile (where time goes)."),
     ] = "time,saved,peak",
     curve: Annotated[
         bool, typer.Option(help="Growth over crop size and share of hidden cells: takes long.")
     ] = False,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw the curve, .svg or .png; with --curve.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option(help="Print the tables as Markdown.")] = False,
     quick: Annotated[bool, typer.Option(help="Tiny networks: only to see it run.")] = False,
     threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
     seconds: Annotated[float, typer.Option(help="Of timing per case.")] = 60.0,
@@ -34,7 +39,7 @@ def bench_core(
     names = [part.strip() for part in measures.split(",") if part.strip()]
     bench_core_command(
         out, names, quick=quick, curve=curve, threads=threads, seconds=seconds, rounds=rounds,
-        minutes=minutes,
+        minutes=minutes, figure=figure, markdown=markdown,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 Task = Literal["encoder", "step"]
-Measure = Literal["time", "saved", "peak"]
+Measure = Literal["time", "saved", "peak", "profile"]
 STRIDE = 32
 
 
@@ -98,7 +98,7 @@ class Job:
 
     measure: Measure
     case: Case
-    contestant: str | None = None  # peak memory is that of a process with one contestant
+    contestant: str | None = None  # peak memory and profile are of a process with one contestant
     seconds: float = 60.0
     rounds: tuple[int, int] = (2, 9)
 
@@ -153,10 +153,12 @@ def jobs(
 ) -> tuple[Job, ...]:
     """The processes to run: cheap measures that noise does not touch first."""
     out: list[Job] = []
-    for measure in sorted(measures, key=("saved", "peak", "time").index):
+    for measure in sorted(measures, key=("saved", "peak", "profile", "time").index):
         for case in cases:
             if measure == "peak":
                 out += [Job(measure, case, name) for name in case.contestants]
+            elif measure == "profile":
+                out += [Job(measure, case, name, seconds, rounds) for name in case.contestants]
             else:
                 out.append(Job(measure, case, None, seconds, rounds))
     return tuple(out)

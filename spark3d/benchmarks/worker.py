@@ -11,6 +11,7 @@ import torch
 from spark3d.benchmarks.cases import Job
 from spark3d.benchmarks.core import run_job
 from spark3d.benchmarks.meter import machine
+from spark3d.benchmarks.profile import profile_run
 
 
 def main() -> None:
@@ -18,7 +19,8 @@ def main() -> None:
     threads, text = sys.argv[1:]
     torch.set_num_threads(int(threads))
     job = Job.from_dict(json.loads(text))
-    result = {"result": run_job(job), "machine": machine(int(threads))}
+    do = profile_run if job.measure == "profile" else run_job
+    result = {"result": do(job), "machine": machine(int(threads))}
     sys.stdout.write(json.dumps(result) + "\n")
 
 

@@ -17,15 +17,25 @@ from typing import Any
 
 from rich.console import Console
 
-from spark3d.benchmarks.cases import Job, Measure, curve_cases, jobs, main_cases
+from spark3d.benchmarks.cases import Case, Job, Measure, curve_cases, jobs, main_cases
 from spark3d.benchmarks.predict_cases import PredictJob
-from spark3d.commands.bench_tables import Results, curve_table, footer, main_table
+from spark3d.commands.bench_tables import (
+    Results,
+    as_markdown,
+    curve_table,
+    footer,
+    growth_points,
+    main_table,
+    profile_tables,
+)
 from spark3d.errors import ConfigError, DataError, EnvironmentProblem
+from spark3d.reports.growth import save_growth
 
 log = logging.getLogger(__name__)
 
 Runner = Callable[[Job, int], dict[str, Any]]
 MEASURES: tuple[Measure, ...] = ("time", "saved", "peak")
+KNOWN: tuple[Measure, ...] = (*MEASURES, "profile")
 
 
 def bench_core_command(
@@ -37,6 +47,8 @@ def bench_core_command(
     seconds: float = 60.0,
     rounds: int = 9,
     minutes: float | None = None,
+    figure: Path | None = None,
+    markdown: bool = False,
     runner: Runner | None = None,
     console: Console | None = None,
 ) -> Results:
@@ -44,13 +56,15 @@ def bench_core_command(
 
     Args:
         out: JSON file of results; measurements of another machine or thread count are refused.
-        measures: "time", "saved" (activations), "peak" (memory).
+        measures: "time", "saved" (activations), "peak" (memory), "profile" (where time goes).
         quick: tiny networks, to see that everything runs.
         curve: cost over crop size and share of hidden cells instead of the main table.
         threads: of torch.
         seconds: of timing per case, beyond the least number of rounds.
         rounds: most rounds counted; the least are two, or this if lower.
         minutes: no new measurement begins after this time.
+        figure: the curve is drawn there, as `.svg` or `.png`.
+        markdown: print the tables as Markdown.
         runner: how a job is run; by default in a fresh process.
         console: where the table goes.
 
@@ -59,12 +73,9 @@ def bench_core_command(
         DataError: `out` is not a file of results, or of another machine or thread count.
         EnvironmentProblem: a measurement failed for another reason than memory.
     """
-    chosen: list[Measure] = [m for m in MEASURES if m in measures and not (curve and m == "peak")]
-    if set(measures) - set(MEASURES) or not chosen or min(threads, rounds) < 1:
-        raise ConfigError(
-            f"measures {list(measures)}, {threads} threads, {rounds} rounds: choose from "
-            f"{', '.join(MEASURES)} (no peak with the curve) and at least one thread and round"
-        )
+    chosen = _chosen(measures, curve, threads, rounds)
+    if figure and not (curve and figure.suffix in (".svg", ".png")):
+        raise ConfigError(f"--figure {figure}: a file .svg or .png, together with --curve")
     cases = curve_cases(quick) if curve else main_cases(quick)
     document = load(out, threads)
     began = time.perf_counter()
@@ -80,10 +91,46 @@ def bench_core_command(
         found[job.key] = answer["result"]
         save(out, document)
         log.info("%s: %s", job.case.name, job.key)
-    screen = console or wide_console()
-    screen.print((curve_table if curve else main_table)(cases, document["results"]))
-    screen.print(footer(document, out))
+    show(cases, document, out, curve, chosen, markdown, console or wide_console())
+    if figure:
+        save_growth(growth_points(cases, document["results"]), figure)
     return document["results"]
+
+
+def _chosen(measures: Sequence[str], curve: bool, threads: int, rounds: int) -> list[Measure]:
+    """The measures in a fixed order; peak and profile are not those of a curve."""
+    possible = ("time", "saved") if curve else KNOWN
+    chosen: list[Measure] = [m for m in KNOWN if m in measures and m in possible]
+    if set(measures) - set(KNOWN) or not chosen or min(threads, rounds) < 1:
+        raise ConfigError(
+            f"measures {list(measures)}, {threads} threads, {rounds} rounds: choose from "
+            f"{', '.join(KNOWN)} (time and saved with the curve) and at least one thread and round"
+        )
+    return chosen
+
+
+def show(
+    cases: Sequence[Case],
+    document: Mapping[str, Any],
+    out: Path,
+    curve: bool,
+    chosen: Sequence[Measure],
+    markdown: bool,
+    screen: Console,
+) -> None:
+    """Print the tables of what was chosen."""
+    results = document["results"]
+    tables = [curve_table(cases, results)] if curve else []
+    if not curve and set(chosen) - {"profile"}:
+        tables.append(main_table(cases, results))
+    if "profile" in chosen:
+        tables += profile_tables(cases, results)
+    for table in tables:
+        if markdown:
+            screen.print(as_markdown(table), markup=False, highlight=False, soft_wrap=True)
+        else:
+            screen.print(table)
+    screen.print(footer(document, out), markup=not markdown, soft_wrap=markdown)
 
 
 def wide_console() -> Console:

@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from spark3d.benchmarks.cases import Case
+from spark3d.reports.growth import GrowthPoint
 
 Results = dict[str, dict[str, Any]]
 """By case, then by measure."""
@@ -57,6 +58,53 @@ def curve_table(cases: Sequence[Case], results: Results) -> Table:
     return table
 
 
+def growth_points(cases: Sequence[Case], results: Results) -> list[GrowthPoint]:
+    """For the figure: packed cells over the tuned grid, in time and in saved memory."""
+    points = []
+    for case in cases:
+        found = results.get(case.name, {})
+        spread = found.get("time", {}).get("spread", {})
+        pairs = {
+            "time": [spread.get(name, {}).get("median", 0.0) for name in ("e1", "p")],
+            "saved memory": [float(saved_total(found, name)) for name in ("e1", "p")],
+        }
+        points += [
+            GrowthPoint(case.network, what, case.crop, 1 / case.bound, packed / grid)
+            for what, (grid, packed) in pairs.items()
+            if grid and packed
+        ]
+    return points
+
+
+def profile_tables(cases: Sequence[Case], results: Results) -> list[Table]:
+    """One for every case: milliseconds of phases and operations, a column per contestant."""
+    tables = []
+    for case in cases:
+        found = results.get(case.name, {})
+        known = {name: found.get(f"profile: {name}", {}) for name in case.contestants}
+        known = {name: said for name, said in known.items() if "phases" in said}
+        if not known:
+            continue
+        title = f"{case.network} {case.task} {case.crop}^3 x {case.batch}, {case.ratio:g} hidden"
+        table = _table(f"{title}: milliseconds", ("", *known))
+        for part in ("phases", "operations"):
+            heads = list(dict.fromkeys(head for said in known.values() for head in said[part]))
+            for head in heads:
+                times = [said[part].get(head) for said in known.values()]
+                shown = ["" if t is None else f"{1e3 * t:.1f}" for t in times]
+                table.add_row(head, *shown, end_section=head == heads[-1])
+        tables.append(table)
+    return tables
+
+
+def as_markdown(table: Table) -> str:
+    """A table of the screen, for a page."""
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    lines = [[str(column.header) for column in table.columns], ["---"] * len(table.columns)]
+    lines += [[str(cell) for cell in row] for row in rows]
+    return f"{table.title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
 def _growth(case: Case, pair: Sequence[float], style: str) -> list[str]:
     """Both values, and the second over the visible share of the first; empty if not measured."""
     if not all(pair):
@@ -67,7 +115,7 @@ def _growth(case: Case, pair: Sequence[float], style: str) -> list[str]:
 def _table(title: str, headings: Sequence[str]) -> Table:
     table = Table(title=title, box=box.SIMPLE, pad_edge=False)
     for heading in headings:
-        words = heading in ("case", "network", "contestant")
+        words = heading in ("case", "network", "contestant", "")
         table.add_column(heading, justify="left" if words else "right", no_wrap=True)
     return table
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from spark3d.benchmarks import meter
 from spark3d.benchmarks.cases import Case, Job, curve_cases, jobs, main_cases
+from spark3d.benchmarks.profile import group_of, profile_run
 from spark3d.commands.bench import bench_core_command, in_a_process
 from spark3d.errors import ConfigError, DataError, EnvironmentProblem
 from spark3d.sparse.mask import CellMask, visible_count
@@ -29,6 +31,7 @@ def invented(job: Job, threads: int) -> dict[str, Any]:
             },
             "load": [0.5, 1.5],
         },
+        "profile": {"phases": {"encoder": 0.5}, "operations": {"index tables": 0.25}},
     }
     return {"result": values[job.measure], "machine": {"threads": threads, "cpu": "test"}}
 
@@ -56,6 +59,66 @@ def test_curve_compares_with_the_visible_share_of_the_grid(tmp_path: Path) -> No
     ]
     assert len(rows) == 2
     assert all("7/27" in row and f"{27 / 7:.2f}" in row for row in rows)
+
+
+def test_the_curve_is_drawn_and_printed_as_markdown(tmp_path: Path) -> None:
+    out, console, figure = tmp_path / "c.json", Console(record=True, width=90), tmp_path / "c.svg"
+    bench_core_command(
+        out, ["time", "saved"], curve=True, figure=figure, markdown=True, runner=invented,
+        console=console,
+    )  # fmt: skip
+    lines = [line for line in console.export_text().splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(curve_cases())
+    assert {line.count("|") for line in lines} == {11}
+    assert "| convnext_tiny | 160^3 | 0.9 |" in lines[-1]
+    drawn = figure.read_text()
+    for word in ("resnet50: time", "convnext_tiny: saved memory", "160³", "ideal"):
+        assert word in drawn
+    with pytest.raises(ConfigError, match=r"together with --curve"):
+        bench_core_command(out, figure=figure, runner=invented)
+    with pytest.raises(ConfigError, match=r"a file \.svg or \.png"):
+        bench_core_command(out, ["time"], curve=True, figure=tmp_path / "c.pdf", runner=invented)
+
+
+def test_profiles_of_a_case_stand_side_by_side(tmp_path: Path) -> None:
+    console = Console(record=True, width=200)
+    bench_core_command(
+        tmp_path / "p.json", ["profile"], quick=True, markdown=True, runner=invented,
+        console=console,
+    )  # fmt: skip
+    text = console.export_text()
+    assert "| contestant |" not in text
+    assert text.count("|  | e0 | e1 | p |") == 4
+    assert "| index tables | 250.0 | 250.0 | 250.0 |" in text
+
+
+@pytest.mark.parametrize("task", ["encoder", "step"])
+def test_a_profile_adds_up(task: Any) -> None:
+    name = "p" if task == "encoder" else "p+light"
+    case = Case("quick_convnext", task, 64, 0.6, 1, (name,))
+    found = profile_run(Job("profile", case, name, 0.0, (1, 1)))
+    names = ("encoder", "densify", "decoder and loss", "top backward", "encoder backward")
+    wanted = (*names, "optimiser") if task == "step" else ("encoder", "encoder backward")
+    assert tuple(found["phases"]) == wanted
+    assert all(seconds > 0 for seconds in found["phases"].values())
+    spent = found["operations"]
+    for group in ("index tables", "convolutions", "gathering", "norms"):
+        assert spent[group] > 0
+    assert (spent["optimiser"] > 0) == (task == "step")
+
+
+def test_what_happens_while_tables_are_built_is_theirs() -> None:
+    tables = SimpleNamespace(name="index tables", cpu_parent=None)
+    assert group_of(SimpleNamespace(name="aten::sort", cpu_parent=tables)) == "index tables"
+    for name, group in (
+        ("aten::mkldnn_convolution", "convolutions"),
+        ("aten::addmm", "matrix products"),
+        ("aten::native_batch_norm", "norms"),
+        ("aten::_embedding_bag", "gathering"),
+        ("aten::gelu_backward", "activations"),
+        ("aten::whatever", "other operations"),
+    ):
+        assert group_of(SimpleNamespace(name=name, cpu_parent=None)) == group
 
 
 def test_a_second_call_measures_only_what_is_missing(tmp_path: Path) -> None:

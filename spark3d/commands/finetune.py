@@ -37,6 +37,7 @@ from spark3d.engine.loop import (
     Losses,
     rehearse,
     seed_step,
+    step_values,
     stop_on_signal,
     take_step,
 )
@@ -181,26 +182,15 @@ def run_finetuning(
     result_network = average.network if average else network
 
     checkpoints = Checkpoints(out / "checkpoints", recipe.compute.keep_checkpoints)
-    done = 0
-    if state := checkpoints.latest():
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        if average:
-            average.network.load_state_dict(state["average"])
-        done = state["step"]
-        log.info("resuming %s after step %d of %d", out, done, optim.steps)
+    parts = {"network": network, "optimizer": optimizer}
+    if average:
+        parts["average"] = average.network
+    done = checkpoints.resume(parts)
     steps = Waited(inputs.batches(done, fabric.global_rank, fabric.world_size))
     run_log = RunLog(out, done, recipe.log.tensorboard, fabric.is_global_zero)
     guard = BadLossGuard(recipe.compute.max_bad_losses)
     clock, total = Stopwatch(), Stopwatch()
     validation: dict[str, dict[int, float]] = {}
-
-    def save(step: int) -> None:
-        if fabric.is_global_zero:
-            state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-            if average:
-                state["average"] = average.network.state_dict()
-            checkpoints.save(step, state)
 
     with (
         closing(run_log),
@@ -220,27 +210,18 @@ def run_finetuning(
             if average and not result.skipped:
                 average.update(network, step)
             numbers = batch["number"].tolist()
-            if result.skipped:
-                log.warning("step %d skipped: loss %s on samples %s", step, result.loss, numbers)
             guard.check(result, step, numbers)
             if step % recipe.log.every == 0:
-                values = {
-                    "loss": finite_or_none(result.loss),
-                    "lr": lr,
-                    "grad_norm": finite_or_none(result.grad_norm),
-                    "skipped": result.skipped,
-                    "seconds": round(clock.lap(), 4),
-                    "data_seconds": round(steps.lap(), 4),
-                }
-                run_log.write("train", step, values)
+                run_log.write("train", step, step_values(result, lr, clock, steps))
             last, stop = step == optim.steps, asked_to_stop.on_any_rank(fabric)
             every = recipe.log.validate_every
             if last or (every and step % every == 0):
                 validation = validate(result_network, inputs, fabric)
                 run_log.write("val", step, summary(validation, inputs.scored))
                 clock.lap()
-            if (step % recipe.compute.checkpoint_every == 0 and not result.skipped) or last or stop:
-                save(step)
+            regular = step % recipe.compute.checkpoint_every == 0 and not result.skipped
+            if fabric.is_global_zero and (regular or last or stop):
+                checkpoints.save_parts(step, parts)
             bar.advance(f"loss {result.loss:.4f}")
             if stop and not last:
                 raise Interrupted(f"stopped after step {step}; the same command goes on from there")

@@ -21,11 +21,17 @@ from spark3d.engine.logging import (
     RunLog,
     Stopwatch,
     Waited,
-    finite_or_none,
     set_up_logging,
     step_progress,
 )
-from spark3d.engine.loop import BadLossGuard, rehearse, seed_step, stop_on_signal, take_step
+from spark3d.engine.loop import (
+    BadLossGuard,
+    rehearse,
+    seed_step,
+    step_values,
+    stop_on_signal,
+    take_step,
+)
 from spark3d.engine.optim import set_step
 from spark3d.errors import DataError, Interrupted
 from spark3d.objectives.base import Objective
@@ -153,21 +159,12 @@ def run_pretraining(
     module, optimizer = build.set_up(fabric, step_module, optim, slower, tokens)
 
     checkpoints = Checkpoints(out / "checkpoints", recipe.compute.keep_checkpoints)
-    done = 0
-    if state := checkpoints.latest():
-        objective.load_state_dict(state["objective"])
-        optimizer.load_state_dict(state["optimizer"])
-        done = state["step"]
-        log.info("resuming %s after step %d of %d", out, done, optim.steps)
+    parts = {"objective": objective, "optimizer": optimizer}
+    done = checkpoints.resume(parts)
     steps = Waited(inputs.batches(done, fabric.global_rank, fabric.world_size))
     run_log = RunLog(out, done, recipe.log.tensorboard, fabric.is_global_zero)
     guard = BadLossGuard(recipe.compute.max_bad_losses)
     clock, total = Stopwatch(), Stopwatch()
-
-    def save(step: int) -> None:
-        if fabric.is_global_zero:
-            state = {"objective": objective.state_dict(), "optimizer": optimizer.state_dict()}
-            checkpoints.save(step, state)
 
     with (
         closing(run_log),
@@ -186,28 +183,18 @@ def run_pretraining(
             )
 
             numbers = batch["number"].tolist()
-            if result.skipped:
-                log.warning("step %d skipped: loss %s on samples %s", step, result.loss, numbers)
             guard.check(result, step, numbers)
             if step % recipe.log.every == 0:
-                values = {
-                    "loss": finite_or_none(result.loss),
-                    **{name: finite_or_none(value) for name, value in result.parts.items()},
-                    "lr": lr,
-                    "grad_norm": finite_or_none(result.grad_norm),
-                    "skipped": result.skipped,
-                    "seconds": round(clock.lap(), 4),
-                    "data_seconds": round(steps.lap(), 4),
-                }
-                run_log.write("train", step, values)
+                run_log.write("train", step, step_values(result, lr, clock, steps))
             last, stop = step == optim.steps, asked_to_stop.on_any_rank(fabric)
             if fabric.is_global_zero and (step == 1 or step % recipe.log.panels_every == 0 or last):
                 draw_panel(objective, batch, inputs, out / "panels" / f"step_{step:06d}.png")
             if fabric.is_global_zero and probe.due(step, last):
                 run_log.write("probe", step, probe.look(objective, crops))
                 clock.lap()
-            if (step % recipe.compute.checkpoint_every == 0 and not result.skipped) or last or stop:
-                save(step)
+            regular = step % recipe.compute.checkpoint_every == 0 and not result.skipped
+            if fabric.is_global_zero and (regular or last or stop):
+                checkpoints.save_parts(step, parts)
             bar.advance(f"loss {result.loss:.4f}")
             if stop and not last:
                 raise Interrupted(f"stopped after step {step}; the same command goes on from there")

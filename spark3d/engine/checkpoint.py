@@ -4,8 +4,9 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -41,6 +42,14 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise EnvironmentProblem(
             f"cannot write {path}: {error.strerror}; free space or choose another --out"
         ) from None
+
+
+class Stateful(Protocol):
+    """What has a state to save and to put back: modules and optimisers."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state_dict: Any, /) -> Any: ...
 
 
 class Checkpoints:
@@ -97,6 +106,24 @@ class Checkpoints:
                 f"every checkpoint in {self.folder} is damaged; start again with another --out"
             )
         return None
+
+    def resume(self, parts: Mapping[str, "Stateful"]) -> int:
+        """Put the newest state that verifies into `parts`; the steps done, 0 if there is none.
+
+        Raises:
+            DataError: as `latest`.
+        """
+        state = self.latest()
+        if state is None:
+            return 0
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        log.info("resuming %s after step %d", self.folder.parent, state["step"])
+        return state["step"]
+
+    def save_parts(self, step: int, parts: Mapping[str, "Stateful"]) -> Path:
+        """Save the state of `parts`, which `resume` puts back."""
+        return self.save(step, {name: part.state_dict() for name, part in parts.items()})
 
     def _problem(self, path: Path) -> str | None:
         try:

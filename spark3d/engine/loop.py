@@ -1,5 +1,6 @@
 """One optimiser step, guarded: gradients clipped, losses that are not finite refused."""
 
+import logging
 import math
 import signal
 import threading
@@ -14,8 +15,10 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from spark3d.engine.logging import Stopwatch, Waited, finite_or_none
 from spark3d.errors import ConfigError, DataError, EnvironmentProblem
 
+log = logging.getLogger(__name__)
 Losses = Callable[[], tuple[Tensor, Mapping[str, Tensor]]]
 
 
@@ -40,6 +43,28 @@ class StepResult:
     skipped: bool
 
 
+def step_values(
+    result: StepResult, lr: float, clock: Stopwatch, steps: Waited
+) -> dict[str, float | bool | None]:
+    """What `metrics.jsonl` tells of a training step; reads both clocks.
+
+    Args:
+        result: of the step.
+        lr: learning rate.
+        clock: seconds since the last line.
+        steps: the stream of batches, and the seconds that were spent waiting for them since.
+    """
+    return {
+        "loss": finite_or_none(result.loss),
+        **{name: finite_or_none(value) for name, value in result.parts.items()},
+        "lr": lr,
+        "grad_norm": finite_or_none(result.grad_norm),
+        "skipped": result.skipped,
+        "seconds": round(clock.lap(), 4),
+        "data_seconds": round(steps.lap(), 4),
+    }
+
+
 @dataclass
 class BadLossGuard:
     """Counts skipped steps in a row and stops after `limit` of them."""
@@ -48,11 +73,13 @@ class BadLossGuard:
     in_a_row: int = 0
 
     def check(self, result: StepResult, step: int, numbers: list[int]) -> None:
-        """Take note of one step.
+        """Take note of one step, and warn of one that was skipped.
 
         Raises:
             NotFinite: `limit` steps in a row were skipped; names the last one's sample numbers.
         """
+        if result.skipped:
+            log.warning("step %d skipped: loss %s on samples %s", step, result.loss, numbers)
         self.in_a_row = self.in_a_row + 1 if result.skipped else 0
         if self.in_a_row >= self.limit:
             raise NotFinite(

@@ -2,9 +2,11 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from spark3d.engine.checkpoint import Checkpoints, write_atomically
 from spark3d.errors import DataError, EnvironmentProblem
@@ -85,3 +87,27 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     write_atomically(good, b"new")
     assert good.read_bytes() == b"new"
     assert [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
+def test_parts_of_a_training_go_on_where_they_were(tmp_path: Path) -> None:
+    """Modules and optimisers: the update after a resume is the one that was not taken."""
+
+    def parts() -> dict[str, nn.Linear | torch.optim.AdamW]:
+        network = nn.Linear(3, 1)
+        return {"network": network, "optimizer": torch.optim.AdamW(network.parameters(), 0.1)}
+
+    def update(part: dict[str, Any]) -> torch.Tensor:
+        part["optimizer"].zero_grad()
+        part["network"](torch.ones(1, 3)).sum().backward()
+        part["optimizer"].step()
+        return part["network"].weight.detach().clone()
+
+    checkpoints = Checkpoints(tmp_path)
+    first = parts()
+    assert checkpoints.resume(first) == 0
+    update(first)
+    checkpoints.save_parts(7, first)
+    onwards = update(first)
+    again = parts()
+    assert checkpoints.resume(again) == 7
+    assert torch.equal(update(again), onwards)

@@ -95,11 +95,14 @@ def test_a_rehearsal_leaves_no_trace_and_refuses_what_cannot_run() -> None:
         rehearse(network[2], lambda: network[2](torch.randn(8, 5)), "net")
 
 
-def test_the_guard_stops_after_its_limit_in_a_row_and_names_the_samples() -> None:
+def test_the_guard_stops_after_its_limit_in_a_row_and_names_the_samples(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     guard = BadLossGuard(limit=3)
     bad, good = StepResult(float("nan"), 1.0, {}, True), StepResult(1.0, 1.0, {}, False)
     for step, result in enumerate([bad, bad, good, bad, bad]):
         guard.check(result, step, [step])
+    assert caplog.text.count("skipped: loss nan") == 4
     with pytest.raises(NotFinite, match=r"3 steps in a row.*samples \[7, 8\]"):
         guard.check(bad, 6, [7, 8])
 

@@ -204,8 +204,16 @@ def _mednext(
     name: str, ndim: int, in_channels: int, options: dict[str, Any]
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """MedNeXt of the size in `name`; the stem's `init_filters` and the kernel can be changed."""
+    given = {**mednext_arguments(name), **options}
+    network = MedNeXt(spatial_dims=ndim, in_channels=in_channels, **given)
+    down = tuple(f"enc_stages.{i}" for i in range(len(given["blocks_down"])))
+    return network, (*down, "bottleneck")
+
+
+def mednext_arguments(name: str) -> dict[str, Any]:
+    """MONAI's arguments for the MedNeXt of this size."""
     encoder, bottleneck, decoder, blocks, deep = MEDNEXT_EXPANSION[name]
-    given = {
+    return {
         "encoder_expansion_ratio": encoder,
         "bottleneck_expansion_ratio": bottleneck,
         "decoder_expansion_ratio": decoder,
@@ -214,11 +222,7 @@ def _mednext(
         "blocks_up": blocks[::-1],
         "kernel_size": 3,
         "use_residual_connection": True,
-        **options,
     }
-    network = MedNeXt(spatial_dims=ndim, in_channels=in_channels, **given)
-    down = tuple(f"enc_stages.{i}" for i in range(len(given["blocks_down"])))
-    return network, (*down, "bottleneck")
 
 
 def _check_strides(name: str, stages: Sequence[str], strides: tuple[tuple[int, ...], ...]) -> None:

@@ -7,7 +7,7 @@ from monai.bundle.config_parser import ConfigParser
 from torch import nn
 
 from spark3d.errors import ConfigError
-from spark3d.models.backbones import MEDNEXT_EXPANSION
+from spark3d.models.backbones import MEDNEXT_EXPANSION, mednext_arguments
 
 
 def literal_definition(
@@ -35,17 +35,7 @@ def literal_definition(
         }
         target = "DynUNet"
     elif name in MEDNEXT_EXPANSION:
-        encoder, bottleneck, decoder, blocks, deep = MEDNEXT_EXPANSION[name]
-        usual = {
-            "encoder_expansion_ratio": encoder,
-            "bottleneck_expansion_ratio": bottleneck,
-            "decoder_expansion_ratio": decoder,
-            "blocks_down": blocks,
-            "blocks_bottleneck": deep,
-            "blocks_up": blocks[::-1],
-            "kernel_size": 3,
-            "use_residual_connection": True,
-        }
+        usual = mednext_arguments(name)
         target = "MedNeXt"
     else:
         raise ConfigError(

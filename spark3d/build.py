@@ -189,6 +189,10 @@ def objective(recipe: PretrainRecipe, synchronised: bool = False) -> Objective:
         section.visible_weight,
         fill_from_visible=section.fill_from_visible,
         head_norm=section.head_norm,
+        detach=section.detach,
+        fourier_focal=section.fourier_focal,
+        head_rank=section.head_rank,
+        add_mean=section.add_mean,
     )
 
 

@@ -56,13 +56,18 @@ class A2MIMSection(Section):
     """A2MIM: mean fill, a token before the last stage, focal L1 and a Fourier loss; dense.
 
     In the spectrum, visible voxels hold `visible_weight` of the prediction and else `replacement`.
-    `token_lr_ratio` is the token's learning rate relative to the rest (.1 officially).
+    `token_lr_ratio` is the token's learning rate relative to the rest (.1 officially). `detach`
+    lets no gradient through what the token is added to. `fourier_focal: false` weighs all
+    frequencies alike. `head_rank` makes the head of two smaller maps (0: one, officially);
+    `add_mean` lets it predict deviations from the mean that fills hidden cells.
     """
 
     name: Literal["a2mim"] = "a2mim"
     token_at: str | None = None
     mode: Literal["residual", "replace", "fading"] = "residual"
+    detach: bool = False
     fourier: float = Field(default=0.5, ge=0)
+    fourier_focal: bool = True
     focal: bool = True
     average_spectrum: bool = True
     replacement: Literal["mixed", "target", "prediction", "mean"] = "mixed"
@@ -70,6 +75,8 @@ class A2MIMSection(Section):
     token_lr_ratio: float = Field(default=1.0, gt=0)
     fill_from_visible: bool = False
     head_norm: bool = False
+    head_rank: int = Field(default=0, ge=0)
+    add_mean: bool = False
 
 
 ObjectiveSection = Annotated[

@@ -8,7 +8,7 @@ frequency loss for image reconstruction and synthesis", ICCV 2021.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
 REPLACEMENTS = ("mixed", "target", "prediction", "mean")
@@ -18,7 +18,11 @@ def focal_l1(
     prediction: Float[Tensor, "b c *size"], target: Float[Tensor, "b c *size"]
 ) -> Float[Tensor, "b c *size"]:
     """Errors d times 2 sigmoid(d / 5) - 1: about d^2 / 10 where small, d where large."""
-    distance = (prediction - target).abs()
+    return focal((prediction - target).abs())
+
+
+def focal(distance: Float[Tensor, "b c *size"]) -> Float[Tensor, "b c *size"]:
+    """`focal_l1` of a difference that is known already."""
     return distance * (2 * torch.sigmoid(0.2 * distance) - 1)
 
 
@@ -86,13 +90,35 @@ def fourier_loss(
         alpha: Power of the error in the weight.
         log: Weight by log(1 + error^alpha) instead of error^alpha.
     """
-    dims = tuple(range(2, target.ndim))
     with torch.autocast(target.device.type, enabled=False):
-        wide = torch.promote_types(target.dtype, torch.float32)
-        error = torch.fft.fftn(prediction.to(wide) - target.to(wide), dim=dims, norm="ortho")
+        error = spectral_error(prediction, target)
         error = error.mean(0, keepdim=True) if average else error
         power = error.real.square() + error.imag.square()
         weight = power.detach().sqrt() ** alpha
         weight = torch.log1p(weight) if log else weight
         weight = (weight / weight.max()).nan_to_num(nan=0.0).clamp(0, 1)
         return (weight * power).mean()
+
+
+def plain_fourier_loss(
+    prediction: Float[Tensor, "b c *size"], target: Float[Tensor, "b c *size"], focal_errors: bool
+) -> Float[Tensor, ""]:
+    """Mean over all frequencies of the spectral error's modulus, or of its focal L1.
+
+    Published for ResNet-101, with focal L1; every sample has its own spectrum.
+    """
+    with torch.autocast(target.device.type, enabled=False):
+        error = spectral_error(prediction, target)
+        # where nothing is wrong the modulus has no derivative; a square root of 0 would give NaN
+        power = error.real.square() + error.imag.square()
+        modulus = power.clamp(min=torch.finfo(power.dtype).tiny).sqrt()
+        return (focal(modulus) if focal_errors else modulus).mean()
+
+
+def spectral_error(
+    prediction: Float[Tensor, "b c *size"], target: Float[Tensor, "b c *size"]
+) -> Complex[Tensor, "b c *size"]:
+    """Difference of the spectra over all spatial axes, of unit norm, in float32 at least."""
+    wide = torch.promote_types(target.dtype, torch.float32)
+    difference = prediction.to(wide) - target.to(wide)
+    return torch.fft.fftn(difference, dim=tuple(range(2, target.ndim)), norm="ortho")

@@ -33,6 +33,7 @@ SIX = ["mask.cell_size=6", "data.crop=24"]
             "no stages named ['nowhere']; sub-modules",
         ),
         (["objective={name: a2mim, token_at: up_layers.0}"], "is not run before the stage"),
+        (["objective={name: a2mim, mode: replace, detach: true}"], "leave detach out"),
         (["objective={name: a2mim, mode: add}"], "'residual', 'replace' or 'fading'"),
         (
             ["objective={name: a2mim}", "mask.cell_size=3", "data.crop=12"],

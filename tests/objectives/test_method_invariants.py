@@ -1,15 +1,18 @@
 """Properties of the targets and losses of LocalMIM and A2MIM that no other file holds."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from objective_cases import CASES, make_localmim
 from torch.nn import functional as F
 
+from spark3d.models.taps import TapDecoder
 from spark3d.objectives.fourier import composite, fourier_loss
 from spark3d.objectives.hog import gradients, hog, orientation_axes, votes
 from spark3d.objectives.localmim import LocalMIM, tap_loss
 from spark3d.sparse.encoder import SparseEncoder
-from spark3d.sparse.mask import random_mask, visible_count
+from spark3d.sparse.mask import CellMask, random_mask, visible_count
 
 RNG = torch.Generator().manual_seed(5)
 IMAGE = torch.randn(1, 1, 24, 24, generator=RNG, dtype=torch.float64)
@@ -56,6 +59,59 @@ def test_cyclic_permutations_of_the_axes_permute_the_bins() -> None:
     wanted = torch.empty_like(turned)
     wanted[:, order] = hog(VOLUME, (4, 4, 4)).permute(0, 1, 4, 2, 3)
     torch.testing.assert_close(turned, wanted)
+
+
+def test_quarter_turns_do_not_permute_the_ten_axes() -> None:
+    """Unlike flips and cyclic permutations: some axis comes to lie between two others."""
+    axes = orientation_axes(3)
+    turned = torch.stack([axes[:, 0], axes[:, 2], -axes[:, 1]], dim=1)
+    assert (axes @ turned.mT).abs().max(0).values.min() < 0.99
+    mirrored = axes * torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64)
+    torch.testing.assert_close((axes @ mirrored.mT).abs().max(0).values, torch.ones(10).double())
+
+
+def test_a_volume_that_is_constant_along_depth_has_the_gradients_of_its_slice() -> None:
+    """Times the sum (1, 2, 1) of the smoothing along depth, and none along it."""
+    found = gradients(IMAGE[:, :, None].expand(-1, -1, 5, -1, -1))
+    assert found[:, 0].abs().max() < 1e-12
+    flat = gradients(IMAGE)[:, :, None].expand(-1, -1, 5, -1, -1)
+    torch.testing.assert_close(found[:, 1:], 4 * flat)
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_a_hidden_cell_sees_visible_ones_as_far_as_the_body_reaches(ndim: int) -> None:
+    """The prediction changes iff the visible site is within half the kernel, once a block."""
+    visible = torch.zeros(1, *(9,) * ndim, dtype=torch.bool)
+    visible[(0, 4, *(4,) * (ndim - 1))] = True
+    mask = CellMask(visible, (1,) * ndim)
+    torch.manual_seed(0)
+    decoder = TapDecoder(4, 3, ndim, width=8, blocks=2, kernel=3).double().eval()
+    maps = torch.randn(1, 4, *(9,) * ndim, generator=RNG, dtype=torch.float64)
+    other = maps.clone()
+    other[(0, 0, *(4,) * ndim)] += 1  # not all channels: their norm would see no change
+    with torch.no_grad():
+        change = (decoder(other, mask, False) - decoder(maps, mask, False)).abs().amax(1)[0]
+    places = torch.stack(torch.meshgrid(*[torch.arange(9)] * ndim, indexing="ij"))
+    assert torch.equal(change > 0, (places - 4).abs().amax(0) <= 2)
+
+
+@pytest.mark.parametrize("backend", ["packed", "reference"])
+def test_taps_after_the_next_downsampling_as_in_the_official_swin(backend: str) -> None:
+    """Stages may be any sub-modules: those that make the map coarser, and the last stage."""
+    stages = ["stages.1.downsample", "stages.2.downsample", "stages.3"]
+    case = CASES["convnext 2d"]
+    later = replace(case, options={**case.options, "stages": stages})
+    crops, mask = later.batch()
+    torch.manual_seed(0)
+    model = make_localmim(later, backend).double()
+    assert model.strides == ((8, 8), (16, 16), (32, 32))
+    losses = model(crops.double(), mask)
+    losses.total.backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    hidden = crops.where(mask.at(mask.size), 7.0)
+    model.eval()
+    for a, b in zip(*(model.predict(c.double(), mask) for c in (crops, hidden)), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(("crops", "bins"), [(IMAGE, 9), (VOLUME, 10)])

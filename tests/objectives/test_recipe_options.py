@@ -37,6 +37,11 @@ def test_options_of_every_objective_arrive() -> None:
     assert isinstance(a2mim, A2MIM)
     assert (a2mim.replacement, a2mim.visible_weight, a2mim.fourier) == ("target", 0.5, 0.1)
     assert (a2mim.focal, a2mim.token.mode) == (False, "fading")
+    options = "detach: true, fourier_focal: false, head_rank: 3, add_mean: true"
+    more = built(f"objective={{name: a2mim, {options}}}")
+    assert isinstance(more, A2MIM)
+    assert (more.token.detach, more.fourier_focal, more.add_mean) == (True, False, True)
+    assert isinstance(more.head, nn.Sequential)
     local = built("objective={name: localmim, floor: 0.1, soft: false, width: 16, body: attention}")
     assert isinstance(local, LocalMIM)
     settings = local.hog_settings

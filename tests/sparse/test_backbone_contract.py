@@ -1,5 +1,7 @@
 """The full contract over a table of networks: proof, gradients, strict round trips."""
 
+import copy
+
 import pytest
 import torch
 from both_backends import draw_mask
@@ -68,3 +70,23 @@ def test_cells_smaller_than_the_stride_run_on_the_reference(small: Small) -> Non
     assert proof.passed, proof.checks
     assert "refused" in proof.checks[2].detail
     assert not prove(make_encoder(small), small.size, 2).passed
+
+
+@pytest.mark.parametrize("backend", ["packed", "reference"])
+@pytest.mark.parametrize("small", OWN.values(), ids=OWN)
+def test_with_nothing_hidden_the_masked_network_is_the_dense_one(
+    small: Small, backend: str
+) -> None:
+    """In evaluation and in training, with the same running statistics (SparK's spec, 7)."""
+    encoder = make_encoder(small, backend=backend).double()
+    twin = copy.deepcopy(encoder)
+    grid = [n // c for n, c in zip(small.size, small.cell, strict=True)]
+    mask = draw_mask(grid, small.cell, 0.0)
+    crops = torch.randn(2, 1, *small.size, dtype=torch.float64)
+    for training in (False, True, False):
+        encoder.train(training)
+        twin.train(training)
+        masked, dense = encoder(crops, mask).dense(), twin.dense(crops)
+        for a, b in zip(masked, dense, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(dict(encoder.named_buffers()), dict(twin.named_buffers()))

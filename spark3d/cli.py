@@ -189,7 +189,7 @@ def finetune(
         bool, typer.Option(help="Shorten the protocol to a few steps; marked as no result.")
     ] = False,
     allow_overlap: Annotated[
-        bool, typer.Option(help="Go on although held-out volumes were seen in training; told.")
+        bool, typer.Option(help="Go on although held-out cases were seen in training; told.")
     ] = False,
 ) -> None:
     """Fine-tune a network on labelled volumes, or with `--task classify` on images in classes.
@@ -211,9 +211,9 @@ def finetune(
     if task == "classify":
         from spark3d.commands.classify import classify_command
 
-        if allow_overlap or protocol or smoke:
-            raise ConfigError("--allow-overlap, --protocol and --smoke are about volumes")
-        target = classify_command(*given, overrides).model
+        if protocol or smoke:
+            raise ConfigError("--protocol and --smoke are about volumes; leave them out")
+        target = classify_command(*given, overrides, allow_overlap).model
     else:
         from spark3d.commands.finetune import finetune_command
 

@@ -20,8 +20,22 @@ from spark3d.commands.runs import claim_run, finish_run, finished, open_run
 from spark3d.config import find_recipe, load_recipe
 from spark3d.data.image_transforms import drawn_from
 from spark3d.engine.checkpoint import Checkpoints, write_atomically
-from spark3d.engine.logging import RunLog, Stopwatch, finite_or_none, set_up_logging, step_progress
-from spark3d.engine.loop import BadLossGuard, rehearse, seed_step, stop_on_signal, take_step
+from spark3d.engine.logging import (
+    RunLog,
+    Stopwatch,
+    Waited,
+    finite_or_none,
+    set_up_logging,
+    step_progress,
+)
+from spark3d.engine.loop import (
+    BadLossGuard,
+    rehearse,
+    seed_step,
+    step_values,
+    stop_on_signal,
+    take_step,
+)
 from spark3d.engine.optim import set_step
 from spark3d.errors import DataError, Interrupted
 from spark3d.evaluation.classification import Hits, count_hits
@@ -49,6 +63,7 @@ def classify_command(
     encoder: Path | None = None,
     recipe: str | None = None,
     overrides: tuple[str, ...] = (),
+    allow_overlap: bool = False,
 ) -> Classified:
     """Fine-tune an image classifier, from encoder weights or from scratch; resume its run.
 
@@ -58,6 +73,8 @@ def classify_command(
         encoder: `encoder.safetensors` of a pre-training or its folder; None: from scratch.
         recipe: name of a shipped recipe or a YAML file.
         overrides: `section.key=value`.
+        allow_overlap: go on although validation images were seen in training or pre-training; the
+            run's record and the report say so.
     """
     path = find_recipe(recipe or "images_2d", "classify")
     asked = build.settled(load_recipe(ClassifyRecipe, path, overrides))
@@ -65,7 +82,7 @@ def classify_command(
     set_up_logging(fabric.global_rank)
     build.warn_of_slow_precision(fabric, asked.optim.precision)
     with claim_run(out, "classify", fabric):
-        inputs = classify_inputs(asked, data, out, encoder, fabric)
+        inputs = classify_inputs(asked, data, out, encoder, fabric, allow_overlap)
         for line in inputs.notes:
             log.info("  %s", line)
         torch.manual_seed(inputs.recipe.seed)
@@ -112,26 +129,15 @@ def run_classification(
     judged = average.network if average else network
 
     checkpoints = Checkpoints(out / "checkpoints", recipe.compute.keep_checkpoints)
-    done = 0
-    if state := checkpoints.latest():
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        if average:
-            average.network.load_state_dict(state["average"])
-        done = state["step"]
-        log.info("resuming %s after step %d of %d", out, done, optim.steps)
-    steps = inputs.batches(done, fabric.global_rank, fabric.world_size)
+    parts = {"network": network, "optimizer": optimizer}
+    if average:
+        parts["average"] = average.network
+    done = checkpoints.resume(parts)
+    steps = Waited(inputs.batches(done, fabric.global_rank, fabric.world_size))
     run_log = RunLog(out, done, recipe.log.tensorboard, fabric.is_global_zero)
     guard = BadLossGuard(recipe.compute.max_bad_losses)
     clock, total = Stopwatch(), Stopwatch()
     hits = Hits()
-
-    def save(step: int) -> None:
-        if fabric.is_global_zero:
-            state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-            if average:
-                state["average"] = average.network.state_dict()
-            checkpoints.save(step, state)
 
     with (
         closing(run_log),
@@ -157,25 +163,17 @@ def run_classification(
             if average and not result.skipped:
                 average.update(network, step)
             numbers = batch["number"].tolist()
-            if result.skipped:
-                log.warning("step %d skipped: loss %s on samples %s", step, result.loss, numbers)
             guard.check(result, step, numbers)
             if step % recipe.log.every == 0:
-                values = {
-                    "loss": finite_or_none(result.loss),
-                    "lr": lr,
-                    "grad_norm": finite_or_none(result.grad_norm),
-                    "skipped": result.skipped,
-                    "seconds": round(clock.lap(), 4),
-                }
-                run_log.write("train", step, values)
+                run_log.write("train", step, step_values(result, lr, clock, steps))
             last, stop = step == optim.steps, asked_to_stop.on_any_rank(fabric)
             if last or step % inputs.validate_every == 0:
                 hits = validate(judged, inputs, fabric)
                 run_log.write("val", step, rounded(hits))
                 clock.lap()
-            if (step % recipe.compute.checkpoint_every == 0 and not result.skipped) or last or stop:
-                save(step)
+            regular = step % recipe.compute.checkpoint_every == 0 and not result.skipped
+            if fabric.is_global_zero and (regular or last or stop):
+                checkpoints.save_parts(step, parts)
             bar.advance(f"loss {result.loss:.4f}")
             if stop and not last:
                 raise Interrupted(f"stopped after step {step}; the same command goes on from there")
@@ -203,10 +201,10 @@ def validate(network: nn.Module, inputs: ClassifyInputs, fabric: Fabric) -> Hits
     network.eval()
     hits = Hits()
     for batch in inputs.validation_batches(fabric.global_rank, fabric.world_size):
-        crops = batch["crop"].to(fabric.device, memory_format=LAYOUT)
+        crops = batch["crop"].to(fabric.device, non_blocking=True, memory_format=LAYOUT)
         with fabric.autocast():
             logits = network(crops)
-        hits += count_hits(logits, batch["label"].to(fabric.device))
+        hits += count_hits(logits, batch["label"].to(fabric.device, non_blocking=True))
     network.train(training)
     if fabric.world_size > 1:
         counts = hits.tensor().to(fabric.device)

@@ -12,6 +12,7 @@ from torch import Tensor
 from spark3d import build_images
 from spark3d.classify_recipe import ClassifyRecipe
 from spark3d.commands.image_folders import part_folder, scan_folder, scan_notes
+from spark3d.commands.image_overlap import check_image_overlap
 from spark3d.commands.stores import fixed, shared_batch
 from spark3d.config import resolve, to_tree
 from spark3d.data.images2d import ImageFolder
@@ -44,6 +45,7 @@ class ClassifyInputs:
         weights: encoder weights and their passport; None for a start from scratch.
         scans: what was found in the folders, by part.
         notes: what was found and chosen; for the screen.
+        overlap: what the encoder has seen of each part, and which leaks were allowed.
     """
 
     recipe: ClassifyRecipe
@@ -53,6 +55,7 @@ class ClassifyInputs:
     weights: tuple[dict[str, Tensor], Passport] | None
     scans: dict[str, ImageFolder]
     notes: tuple[str, ...]
+    overlap: dict[str, Any]
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -68,7 +71,8 @@ class ClassifyInputs:
         """What, beside the recipe, fixes the result."""
         parts = {part: images.identity for part, images in self.scans.items()}
         encoder = self.weights[1].sha256 if self.weights else None
-        return {"encoder": encoder, **parts, "images": len(self.train.files)}
+        record = {"encoder": encoder, **parts, "images": len(self.train.files)}
+        return {**record, **({"overlap": self.overlap} if self.overlap else {})}
 
     def batches(self, done: int, rank: int, world: int) -> Iterator[Sample]:
         """Batches of the steps after `done`."""
@@ -88,7 +92,8 @@ class ClassifyInputs:
         """Every validation image once, in batches as large as those of training."""
         steps = -(-len(self.validation) // self.batch)
         workers = self.recipe.compute.workers
-        return batches(self.validation, self.batch, 0, steps, workers, rank, world)
+        pinned = torch.cuda.is_available()
+        return batches(self.validation, self.batch, 0, steps, workers, rank, world, pinned)
 
     @property
     def validate_every(self) -> int:
@@ -112,9 +117,14 @@ class ClassifyInputs:
 
 
 def classify_inputs(
-    recipe: ClassifyRecipe, data: Path, out: Path, encoder: Path | None, fabric: Fabric
+    recipe: ClassifyRecipe,
+    data: Path,
+    out: Path,
+    encoder: Path | None,
+    fabric: Fabric,
+    allow_overlap: bool,
 ) -> ClassifyInputs:
-    """Scan both parts, compare their classes, choose what the recipe leaves open."""
+    """Scan both parts, compare them with each other and with what the encoder has seen."""
     weights = load_encoder(encoder) if encoder else None
     recipe, notes = plan_from_encoder(recipe, weights[1] if weights else None)
     recipe = resolve(
@@ -135,6 +145,7 @@ def classify_inputs(
         notes.append(
             f"{section.per_class} training images of each class, {len(train.files)} in all"
         )
+    overlap = check_image_overlap(train, validation, weights[1] if weights else None, allow_overlap)
     notes.append(f"{len(train.classes)} classes; batch {recipe.optim.batch}")
     mixing = build_images.mixing(recipe, len(train.classes))
     mixing.check(fixed(recipe.optim.batch) // fabric.world_size)
@@ -146,6 +157,7 @@ def classify_inputs(
         weights,
         scans,
         tuple(notes),
+        overlap,
     )
 
 

@@ -47,7 +47,7 @@ class PretrainInputs:
     Attributes:
         recipe: without any `auto`.
         crops: the numbered stream.
-        hashes: content hashes of the volumes in it; none for images, whose names and sizes count.
+        hashes: content hashes of the volumes or images in it.
         identity: one hash over all that is read.
         spacing_mm: of the store; None for images.
         notes: what was chosen from the data, and why; for the screen.
@@ -153,6 +153,11 @@ def pretrain_inputs(
     """
     check_early(recipe)
     if recipe.dims == 2:
+        if exclude is not None:
+            raise ConfigError(
+                f"--exclude {exclude} is about volumes; for images give --data a folder without "
+                "those that are not to be read"
+            )
         return image_inputs(recipe, data, out, fabric)
     barred = excluded_ids(exclude)
     store, why = open_store(data, out, recipe.data.spacing_mm, fabric)
@@ -224,7 +229,8 @@ def image_inputs(recipe: PretrainRecipe, data: Path, out: Path, fabric: Fabric) 
     recipe = resolve(recipe, changes)
     crop = build.sizes(section.crop, 2, "images.crop")
     crops = ImageCrops(images, crop, recipe.seed, section.scale, section.flip)
-    return PretrainInputs(recipe, crops, (), images.identity, None, tuple(notes), images)
+    identity = images.identity
+    return PretrainInputs(recipe, crops, images.hashes, identity, None, tuple(notes), images)
 
 
 IMAGE_BATCH = 32

@@ -155,7 +155,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("Started from", _start(run)),
         ("Training cases", _cases(_section(record, "inputs").get("train"))),
         ("Training images", str(_section(record, "inputs").get("images", ""))),
-        ("Seen in pre-training", _seen(_section(_section(record, "inputs"), "overlap"))),
+        ("Seen in pre-training", _seen(_section(_section(record, "inputs"), "overlap"), run.kind)),
         ("Overlap allowed", _allowed(_section(_section(record, "inputs"), "overlap"))),
         ("Budget", _budget(_section(recipe, "optim"))),
         ("Crop", _times(data.get("crop") or _section(recipe, "images").get("crop"))),
@@ -188,10 +188,10 @@ def _cases(names: Any) -> str:
     return str(len(names)) if isinstance(names, list) else ""
 
 
-def _seen(overlap: Mapping[str, Any]) -> str:
+def _seen(overlap: Mapping[str, Any], kind: str) -> str:
     counts = _section(overlap, "pretraining")
     parts = [f"{n} of {of} {part}" for part, (n, of) in counts.items() if of]
-    return f"{', '.join(parts)} volumes" if parts else ""
+    return f"{', '.join(parts)} {'images' if kind == 'classify' else 'volumes'}" if parts else ""
 
 
 def _allowed(overlap: Mapping[str, Any]) -> str:

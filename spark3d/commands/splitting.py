@@ -133,6 +133,15 @@ def check_overlap(parts: SplitCases, passport: Passport | None, allow: bool) -> 
                 "%d of %d training volumes were seen in pre-training, without their labels",
                 len(seen["training"]), len(parts.train),
             )  # fmt: skip
+    return weighed(problems, record, allow)
+
+
+def weighed(problems: list[str], record: dict[str, Any], allow: bool) -> dict[str, Any]:
+    """What a run's record says of overlaps; empty where there is nothing to say.
+
+    Raises:
+        DataError: there are problems, unless `allow`, which warns.
+    """
     if problems and not allow:
         raise DataError(f"{'; '.join(problems)}, or pass --allow-overlap")
     for problem in problems:

@@ -5,6 +5,7 @@ range that of ImageNet training, so that a recipe's numbers mean the same as in 
 """
 
 import hashlib
+import io
 import math
 import os
 from collections import Counter
@@ -27,6 +28,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 ASPECT = (3 / 4, 4 / 3)
 CONVERTED = frozenset({"1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"})
 Box = tuple[int, int, int, int]
+HASH_DIGITS = 16
+"""Hexadecimal digits kept of a file's SHA-256: a million files have 10 MB of them, by chance alike
+once in ten million such folders."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class ImageFolder:
         bad: Left out: file -> reason.
         converted: How many files of each other colour mode will be read as RGB.
         identity: Hash over names and sizes of all that was found, bad files included.
+        hashes: Of the bytes of each of `files`, `HASH_DIGITS` long, to tell the same image in two
+            folders. An image that was saved anew has another one.
     """
 
     folder: Path
@@ -46,6 +52,7 @@ class ImageFolder:
     bad: Mapping[str, str] = field(default_factory=dict)
     converted: Mapping[str, int] = field(default_factory=dict)
     identity: str = ""
+    hashes: tuple[str, ...] = ()
 
     def verdict(self) -> dict[str, Any]:
         """What need not be found out again as long as no name and no size changes."""
@@ -53,6 +60,7 @@ class ImageFolder:
             "identity": self.identity,
             "bad": dict(self.bad),
             "converted": dict(self.converted),
+            "hashes": "".join(self.hashes),
         }
 
 
@@ -67,6 +75,7 @@ def scan_images(
 
     Sub-folders (one per class, as ImageNet has) are searched too; hidden files are not.
     Truncation and damage only show on decoding, which for JPEG is done at an eighth of the size.
+    Every file is read once, and its bytes are hashed on the way.
 
     Args:
         folder: Where to look.
@@ -88,10 +97,11 @@ def scan_images(
             "images, or --dims 3 for volumes"
         )
     identity = _identity(root, names)
-    if known is not None and known.get("identity") == identity:
+    if known and known.get("identity") == identity and "hashes" in known:
         bad, modes = dict(known["bad"]), dict(known["converted"])
+        hashes = _split(known["hashes"])
     else:
-        bad, modes = _decode_all(root, names, threads, progress)
+        bad, modes, hashes = _examine_all(root, names, threads, progress)
     files = tuple(name for name in names if name not in bad)
     if not files or len(bad) > max_bad * len(names):
         shown = "; ".join(f"{name} ({fault})" for name, fault in list(bad.items())[:3])
@@ -100,7 +110,7 @@ def scan_images(
             f"{' ...' if len(bad) > 3 else ''}; repair or remove them, or raise images.max_bad "
             f"above {len(bad) / len(names):.3g}"
         )
-    return ImageFolder(root, files, bad, modes, identity)
+    return ImageFolder(root, files, bad, modes, identity, hashes)
 
 
 class ImageCrops(Numbered):
@@ -225,38 +235,48 @@ def _identity(root: Path, names: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _decode_all(
+def _split(hashes: str) -> tuple[str, ...]:
+    """The hashes of a `verdict`."""
+    return tuple(hashes[i : i + HASH_DIGITS] for i in range(0, len(hashes), HASH_DIGITS))
+
+
+def _examine_all(
     root: Path,
     names: Sequence[str],
     threads: int,
     progress: Callable[[int, int], None] | None,
-) -> tuple[dict[str, str], dict[str, int]]:
-    """Faults by file, and how many files of each colour mode other than RGB are fit for use."""
+) -> tuple[dict[str, str], dict[str, int], tuple[str, ...]]:
+    """Faults by file; of those fit for use how many are not RGB, by mode, and each one's hash."""
     bad: dict[str, str] = {}
     modes: Counter[str] = Counter()
+    hashes: list[str] = []
     with ThreadPoolExecutor(threads) as pool:
         found = pool.map(lambda name: _examine(root / name), names)
-        for done, (name, (mode, fault)) in enumerate(zip(names, found, strict=True), start=1):
+        for done, (name, (mode, fault, digest)) in enumerate(zip(names, found, strict=True), 1):
             if fault:
                 bad[name] = fault
-            elif mode != "RGB":
-                modes[mode] += 1
+            else:
+                hashes.append(digest)
+                if mode != "RGB":
+                    modes[mode] += 1
             if progress is not None:
                 progress(done, len(names))
-    return bad, dict(modes)
+    return bad, dict(modes), tuple(hashes)
 
 
-def _examine(path: Path) -> tuple[str, str]:
-    """Colour mode of a file, and what is wrong with it (nothing: empty)."""
+def _examine(path: Path) -> tuple[str, str, str]:
+    """Colour mode of a file, what is wrong with it (nothing: empty), and the hash of its bytes."""
     try:
-        with Image.open(path) as image:
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
             mode = image.mode
             if mode != "RGB" and mode not in CONVERTED:
-                return mode, f"mode {mode} has more than 8 bits a colour; save it as 8-bit RGB"
+                fault = f"mode {mode} has more than 8 bits a colour; save it as 8-bit RGB"
+                return mode, fault, ""
             image.draft(mode, (image.width // 8, image.height // 8))
             image.load()
-            return mode, ""
+            return mode, "", hashlib.sha256(content).hexdigest()[:HASH_DIGITS]
     except UnidentifiedImageError:
-        return "", "not an image" if path.stat().st_size else "empty file"
+        return "", "not an image" if path.stat().st_size else "empty file", ""
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return "", str(error)
+        return "", str(error), ""

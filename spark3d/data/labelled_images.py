@@ -34,6 +34,11 @@ class LabelledImages:
     labels: tuple[int, ...]
     classes: tuple[str, ...]
 
+    def hashes(self) -> dict[str, str]:
+        """Of the bytes of every file in use."""
+        known = dict(zip(self.images.files, self.images.hashes, strict=True))
+        return {file: known[file] for file in self.files}
+
     def few(self, per_class: int, seed: int) -> "LabelledImages":
         """A subset of so many files of each class; smaller ones lie inside larger ones.
 

@@ -40,7 +40,8 @@ class Passport:
         intensity: How values became network input, such as `{"clip_hu": [-200, 300]}`.
         objective: Name of the pre-training task.
         recipe: The resolved recipe.
-        content_hashes: Of the voxels of every pre-training volume, to tell overlaps with test data.
+        content_hashes: Of the voxels of every pre-training volume, or of the bytes of every image
+            file, to tell overlaps with test data.
         steps: Optimiser steps behind the weights.
         history: What was done to them before: imports, conversions, earlier pre-training.
         objective_sha256: Of `objective.safetensors`, the rest of the pre-training; empty if none.

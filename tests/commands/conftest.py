@@ -37,6 +37,7 @@ PRETRAIN = (
     "optim.warmup=2",
 )
 FINETUNE = (*NETWORK, "data.crop=16", "optim.batch=2", "optim.steps=8", "optim.warmup=1")
+COLOURS = {"blue": (50, 50, 220), "green": (40, 200, 60), "red": (220, 60, 50)}
 SCRATCH = ("model.backbone=monai/segresnet",)
 
 
@@ -126,6 +127,20 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
             picture = picture.convert("L")
         picture.save(place / (f"p{n}.png" if n % 2 else f"p{n}.jpg"))
     (folder / "class0" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes told apart by their colour, six to train on and three for validation."""
+    folder = tmp_path_factory.mktemp("photos")
+    for part, count in (("train", 6), ("val", 3)):
+        rng = np.random.default_rng(count)
+        for name, colour in COLOURS.items():
+            (folder / part / name).mkdir(parents=True)
+            for n in range(count):
+                pixels = np.clip(np.array(colour) + rng.normal(0, 30, (40, 46, 3)), 0, 255)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / part / name / f"{n}.jpg")
     return folder
 
 

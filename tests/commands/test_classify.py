@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -50,29 +51,10 @@ EVERYTHING = (
     "optim={name: adamw, lr: 2e-3, steps: 9, warmup: 1, batch: 6, layer_decay: 0.9, ema: 0.5}",
     *HERE,
 )
-COLOURS = {"blue": (50, 50, 220), "green": (40, 200, 60), "red": (220, 60, 50)}
 
 
 def arguments(recipe: tuple[str, ...] = EVERYTHING) -> tuple[str, tuple[str, ...]]:
     return recipe[0], recipe[1:]
-
-
-def write_photos(folder: Path, classes: dict[str, tuple[int, int, int]], count: int) -> None:
-    rng = np.random.default_rng(count)
-    for name, colour in classes.items():
-        (folder / name).mkdir(parents=True)
-        for n in range(count):
-            pixels = np.clip(np.array(colour) + rng.normal(0, 30, (40, 46, 3)), 0, 255)
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{n}.jpg")
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes told apart by their colour, six to train on and three for validation."""
-    folder = tmp_path_factory.mktemp("photos")
-    write_photos(folder / "train", COLOURS, 6)
-    write_photos(folder / "val", COLOURS, 3)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -209,7 +191,7 @@ def test_two_ranks_share_the_validation_images(photos: Path, encoder: Path, tmp_
         (["model.backbone=timm/resnet18"], "the encoder is timm/resnet10t"),
         (["optim.layerdecay=1"], "did you mean 'optim.layer_decay'?"),
         (["--dims", "3"], "dims=3"),
-        (["--allow-overlap"], "about volumes"),
+        (["--smoke"], "about volumes"),
     ],
 )
 def test_mistakes_in_the_recipe(
@@ -233,6 +215,47 @@ def test_volume_weights_and_volume_networks_are_refused(
     words = (*EVERYTHING, "model.backbone=monai/resnet18")
     with pytest.raises(ConfigError, match="needs a network of timm"):
         classify_command(photos, tmp_path / "b", None, *arguments(words))
+
+
+def test_validation_images_that_pretraining_saw_are_refused(
+    photos: Path, tmp_path: Path, fails: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the hash of their bytes; allowed, the record and the report say so."""
+    seen, out = tmp_path / "seen", tmp_path / "run"
+    shutil.copytree(photos / "train", seen)
+    for n in range(2):
+        shutil.copy(photos / "val" / "red" / f"{n}.jpg", seen / f"renamed{n}.jpg")
+    pre = pretrain_command(seen, tmp_path / "pre", None, PRETRAIN, dims=2)
+    passport = load_encoder(pre)[1]
+    assert len(passport.content_hashes) == 20
+    call = ["finetune", *EVERYTHING, "optim.steps=2", "--task", "classify", "--data", photos]
+    call += ["--encoder", pre, "--out", out]
+    line = fails(3, *call)
+    assert "2 of 9 validation images were seen in pre-training: red/0.jpg, red/1.jpg" in line
+    assert "or pass --allow-overlap" in line
+    assert not out.exists()
+    with caplog.at_level(logging.WARNING):
+        succeeds(*call, "--allow-overlap")
+    assert "18 of 18 training images were seen in pre-training, without" in caplog.text
+    overlap = json.loads((out / "run.json").read_text())["inputs"]["overlap"]
+    assert overlap["pretraining"] == {"training": [18, 18], "validation": [2, 9]}
+    assert "2 of 9 validation images were seen" in overlap["allowed"][0]
+    page = tmp_path / "report.html"
+    report_command([str(out)], page)
+    assert "18 of 18 training, 2 of 9 validation images" in page.read_text()
+
+
+def test_validation_images_that_are_trained_on_are_refused(
+    photos: Path, tmp_path: Path, fails: Callable[..., str], copied: Callable[[Path, Path], Path]
+) -> None:
+    data = copied(photos, tmp_path / "photos")
+    shutil.copy(data / "val" / "red" / "1.jpg", data / "train" / "red" / "other.jpg")
+    scratch = ("model.backbone=timm/resnet10t", OPTIONS)
+    call = ["finetune", *EVERYTHING, *scratch, "--task", "classify", "--data", data]
+    said = "1 of 9 validation images are training images too: red/1.jpg; remove them"
+    assert said in fails(3, *call, "--out", tmp_path / "run")
+    subset = (*call, "images.per_class=1", "optim.steps=1", "optim.warmup=0", "optim.batch=2")
+    succeeds(*subset, "--out", tmp_path / "few")  # which are not the copy
 
 
 def test_faults_of_the_folders(

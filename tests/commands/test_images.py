@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import Fails
 from processes import curve, end, start, wait_for_step
 
 from spark3d.cli import main
-from spark3d.commands.pretrain import asked_recipe, pretrain_command
+from spark3d.commands.pretrain import TrainingStep, asked_recipe, pretrain_command
 from spark3d.sparse.encoder import SparseEncoder
 from spark3d.weights.exchange import load_encoder
 
@@ -122,6 +123,27 @@ def test_mistakes(
     assert len(errors) == 1
     assert said in errors[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_pixels_and_weights_are_channels_last(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What convolutions in 2D are fastest with, up to the forward pass."""
+    seen, forward = [], TrainingStep.forward
+
+    def noting(self: TrainingStep, crops: torch.Tensor, visible: torch.Tensor) -> object:
+        weight = self.objective.encoder.network.get_parameter("conv1.weight")
+        seen.extend(x.is_contiguous(memory_format=torch.channels_last) for x in (crops, weight))
+        return forward(self, crops, visible)
+
+    monkeypatch.setattr(TrainingStep, "forward", noting)
+    pretrain_command(images, tmp_path, None, (*TINY, "optim.steps=1", "optim.warmup=0"), dims=2)
+    assert seen == [True, True]
+
+
+def test_excluding_cases_is_about_volumes(images: Path, tmp_path: Path, fails: Fails) -> None:
+    words = ["pretrain", *TINY, "--dims", "2", "--data", images, "--exclude", "btcv-monai-24-6"]
+    assert "give --data a folder without those" in fails(2, *words, "--out", tmp_path / "run")
 
 
 def test_no_image_inside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """A folder of images: what is usable is found once, and sample n depends on (seed, n) alone."""
 
+import json
 import os
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from PIL import Image
 from torchvision.transforms import functional
 
 from spark3d.data.images2d import (
+    HASH_DIGITS,
     IMAGENET_MEAN,
     IMAGENET_STD,
     ImageCrops,
+    read_image,
     resized_crop_box,
     scan_images,
 )
@@ -48,6 +51,37 @@ def test_files_are_found_in_the_order_of_their_names(folder):
     assert found.files == ("cat/c.jpg", "d.png", "dog/a.JPEG", "dog/b.png")
     assert (found.bad, found.converted) == ({}, {})
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_hashes_tell_the_same_image_under_another_name(folder, monkeypatch):
+    """Of the bytes of the usable files, in their order; a known verdict brings them along."""
+    (folder / "dog" / "z.jpg").write_bytes((folder / "cat" / "c.jpg").read_bytes())
+    (folder / "a_bad.jpg").write_text("no image")
+    found = scan_images(folder, max_bad=0.5)
+    hashes = dict(zip(found.files, found.hashes, strict=True))
+    assert hashes["dog/z.jpg"] == hashes["cat/c.jpg"]
+    assert len(set(hashes.values())) == 4
+    assert {len(one) for one in hashes.values()} == {HASH_DIGITS}
+
+    verdict = json.loads(json.dumps(found.verdict()))
+    old = {key: value for key, value in verdict.items() if key != "hashes"}
+    assert scan_images(folder, max_bad=0.5, known=old) == found  # read again
+    monkeypatch.setattr("spark3d.data.images2d._examine", None)
+    assert scan_images(folder, max_bad=0.5, known=verdict) == found
+
+
+def test_images_are_decoded_in_the_workers(folder, tmp_path, monkeypatch):
+    (tmp_path / "pids").mkdir()
+
+    def noting(path: Path) -> Image.Image:
+        (tmp_path / "pids" / str(os.getpid())).touch()
+        return read_image(path)
+
+    monkeypatch.setattr("spark3d.data.images2d.read_image", noting)
+    assert len(list(batches(ImageCrops(scan_images(folder), (8, 8), 0), 2, 0, 4, workers=2))) == 4
+    decoders = {file.name for file in (tmp_path / "pids").iterdir()}
+    assert len(decoders) == 2
+    assert str(os.getpid()) not in decoders
 
 
 def test_other_colour_modes_are_converted_and_counted(folder):

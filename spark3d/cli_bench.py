@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from spark3d.cli_options import numbers
+
 bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 
 
@@ -72,3 +74,28 @@ def bench_data(
         out, data, names, quick=quick, chunk=chunk, seconds=seconds, rounds=rounds,
         scratch=scratch, markdown=markdown,
     )  # fmt: skip
+
+
+@bench.command("images")
+def bench_images(
+    out: Annotated[Path, typer.Option(help="JSON of results; an existing one is completed.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of images; else photographs of noise are made.")
+    ] = None,
+    measures: Annotated[
+        str, typer.Option(help="scan (of a folder), load, step (of training), with commas.")
+    ] = "scan,load,step",
+    workers: Annotated[str, typer.Option(help="Processes that decode, with commas.")] = "0,2",
+    batch: Annotated[int, typer.Option(help="Images a step.")] = 64,
+    steps: Annotated[int, typer.Option(help="Counted per measurement.")] = 20,
+    quick: Annotated[bool, typer.Option(help="A tiny network: only to see it run.")] = False,
+) -> None:
+    """Pre-training on images: images a second of scan, loader and step, and how long it waits.
+
+    Example: `spark3d bench images --out bench_images.json --data imagenet/train --workers 2,8`
+    """
+    from spark3d.commands.bench_images import bench_images_command
+
+    names = [part.strip() for part in measures.split(",") if part.strip()]
+    counts = [int(number) for number in numbers(workers, "--workers")]
+    bench_images_command(out, data, names, counts, batch, steps, quick)

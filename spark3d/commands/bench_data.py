@@ -126,15 +126,30 @@ def in_a_process(job: DataJob) -> dict[str, Any]:
     Raises:
         EnvironmentProblem: it failed.
     """
+    return fresh_process("spark3d.benchmarks.data", job.to_json(), job.key, job.measure == "step")
+
+
+def fresh_process(module: str, job: str, key: str, trains: bool) -> dict[str, Any]:
+    """The last line, JSON, that a module prints for a job.
+
+    Args:
+        module: run with `-m`.
+        job: its argument.
+        key: what to call the job in a message.
+        trains: it takes the threads that a training takes; else one.
+
+    Raises:
+        EnvironmentProblem: it failed.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    if job.measure == "step":
-        environment = dict(os.environ)  # a training takes the threads it takes
-    call = [sys.executable, "-m", "spark3d.benchmarks.data", job.to_json()]
+    if trains:
+        environment = dict(os.environ)
+    call = [sys.executable, "-m", module, job]
     done = subprocess.run(call, env=environment, capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise EnvironmentProblem(f"measuring {job.key} failed: {reason}")
+        raise EnvironmentProblem(f"measuring {key} failed: {reason}")
     return json.loads(lines[-1])
 
 

@@ -1,6 +1,7 @@
 """`spark3d weights` and `pretrain --init`: there and back, and what is refused."""
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,13 @@ def test_a_damaged_objective_is_refused(
     assert "objective.safetensors is damaged" in fails(3, *words)
 
 
+class Runs:
+    """A pickle that runs a program when it is read."""
+
+    def __reduce__(self) -> tuple:
+        return os.system, ("exit 1",)
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
@@ -151,6 +159,13 @@ def test_a_damaged_objective_is_refused(
         ),
         (["import", "THEIRS", "--as", "timm/resnet10t", "--entry", "ema"], 2, "state_dict"),
         (["import", "gone.pth", "--as", "timm/resnet10t"], 3, "gone.pth is no file"),
+        (["import", "CODE", "--as", "timm/resnet10t"], 3, "asks for posix.system, which loading"),
+        (
+            ["import", "MORE", "--as", f"timm/{NAME}", "--options", "{channels: [8, 16, 24, 32]}"],
+            2,
+            "1 keys that it lacks (neck.weight)",
+        ),
+        (["import", "THEIRS", "--as", "timm/resnet10"], 2, "close names: resnet10t"),
         (["inflate", "THEIRS"], 3, "weights import FILE --as BACKBONE"),
         (["inflate", "SEG"], 2, "is 3D already"),
         (["channels", "gone", "--to", "1"], 3, "gone not found"),
@@ -165,7 +180,12 @@ def test_mistakes_are_one_line_and_write_nothing(
     tmp_path: Path,
     fails: Fails,
 ) -> None:
+    code_file, more = tmp_path / "code.pth", tmp_path / "more.pth"
+    torch.save({"state_dict": Runs()}, code_file)
+    state = torch.load(theirs, weights_only=True)["state_dict"]
+    torch.save({**state, "module.neck.weight": torch.zeros(2)}, more)
     places = {"THEIRS": theirs, "SEG": pretrained}
+    places |= {"CODE": code_file, "MORE": more}
     given = [places.get(word, word) for word in words]
     assert said in fails(code, "weights", *given, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()

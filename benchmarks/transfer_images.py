@@ -1,16 +1,22 @@
 """Does 2D pre-training help to classify images with few labels? Scratch against pre-trained.
 
-    python benchmarks/transfer_images.py --work work/ [--table]
+    python benchmarks/transfer_images.py --work work/ [--stages tune pairs controls] [--table]
 
 The images are the 1797 handwritten digits that scikit-learn ships (8 x 8 pixels, enlarged to 32):
 real data without a download. 997 of them are pre-trained on without labels and are where the few
 labelled ones are drawn from; 300 tune the learning rates; 500 only report. Resumable: each
-fine-tuning is one line of `work/results.jsonl`, and finished ones are skipped. One thread.
+fine-tuning is one line of `work/results.jsonl`, and finished ones are skipped; an encoder is
+pre-trained when the first fine-tuning needs it. One thread.
+
+Stages: `tune` chooses a rate for each arm; `pairs` are twelve of scratch and pre-trained, six to
+each of two pre-trainings; `controls` give both arms twice the steps, scratch the compute of
+pre-training too, and fine-tune weights shuffled within each tensor (scale without features).
 """
 
 import argparse
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +28,21 @@ from sklearn.datasets import load_digits
 from spark3d.commands.classify import classify_command
 from spark3d.commands.pretrain import pretrain_command
 from spark3d.evaluation.statistics import paired_difference
+from spark3d.weights.exchange import load_encoder, save_encoder
 
 SIDE, TUNING, REPORTING = 32, 300, 500
 PER_CLASS = 5
 RATES = (5e-4, 2e-3, 8e-3)
+STEPS = 100
 SUBSETS = {0: range(6), 1: range(6, 12)}
 """Label subsets by the seed of the pre-training that is tried on them."""
 TUNING_SUBSET = 100
+CONTROL_SEED = 1
+SHUFFLED, DOUBLED, TOTAL = range(6, 12), range(6, 9), range(6, 8)
+"""Label subsets of each control."""
+TOTAL_STEPS = 6000
+"""As much of a core as pre-training and fine-tuning together, or more (see `cpu_seconds`)."""
+STAGES = ("tune", "pairs", "controls")
 NETWORK = (
     "model.backbone=timm/convnext_atto",
     "model.options={stem_type: patch, patch_size: 1, depths: [1,1,2,1], dims: [16,32,64,128]}",
@@ -55,12 +69,35 @@ FINETUNE = (
     "images.evaluation_share=1.0",
     f"images.per_class={PER_CLASS}",
     "augment.flip=0",
-    "optim.steps=100",
-    "optim.warmup=10",
     "optim.batch=25",
-    "log.validate_every=100",
 )
 Line = dict
+
+
+@dataclass(frozen=True)
+class Job:
+    """One fine-tuning.
+
+    Attributes:
+        images: "tune" or "report".
+        arm: Its start: "scratch", "pre" or "shuffled".
+        subset: Of the labels; both arms of a pair have the same one, the same draws and head.
+        seed: Of the pre-training; None from scratch.
+        lr: Learning rate.
+        steps: Of training.
+    """
+
+    images: str
+    arm: str
+    subset: int
+    seed: int | None
+    lr: float
+    steps: int = STEPS
+
+    @property
+    def key(self) -> str:
+        longer = f"-n{self.steps}" if self.steps != STEPS else ""
+        return f"{self.images}-{self.arm}-s{self.subset}-lr{self.lr:g}{longer}"
 
 
 def write_images(work: Path) -> None:
@@ -91,42 +128,82 @@ def results(work: Path) -> list[Line]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def pretrain(work: Path, seed: int) -> None:
-    """One pre-training on the training images, without their labels; done ones are left alone."""
-    began = time.process_time()
-    words = (*NETWORK, *PRETRAIN, *HERE, f"seed={seed}")
-    target = work / f"pretrained-seed{seed}"
-    pretrain_command(work / "images/report/train", target, None, words, dims=2)
-    print(f"pre-training {seed}: {time.process_time() - began:.0f} s of CPU", flush=True)
+def encoder_of(job: Job, work: Path) -> Path | None:
+    """The encoder that a job starts from, made when it is first needed; None from scratch."""
+    if job.seed is None:
+        return None
+    run = work / f"pretrained-seed{job.seed}"
+    if not (run / "encoder.safetensors").is_file():
+        began = time.process_time()
+        words = (*NETWORK, *PRETRAIN, *HERE, f"seed={job.seed}")
+        pretrain_command(work / "images/report/train", run, None, words, dims=2)
+        print(f"pre-training {job.seed}: {time.process_time() - began:.0f} s of CPU", flush=True)
+    return shuffled(run) if job.arm == "shuffled" else run
 
 
-def fine_tune(work: Path, stage: str, arm: str, subset: int, seed: int | None, lr: float) -> None:
-    """One fine-tuning, unless its line is there; both arms have the same subset, draws and head."""
-    key = f"{stage}-{arm}-s{subset}-lr{lr:g}"
-    if any(line["key"] == key for line in results(work)):
+def shuffled(run: Path) -> Path:
+    """A copy of the run's encoder whose numbers are permuted in each tensor."""
+    target = run.with_name(f"{run.name}-shuffled")
+    if not (target / "encoder.json").is_file():
+        state, passport = load_encoder(run)
+        rng = torch.Generator().manual_seed(0)
+        mixed = {
+            key: value.flatten()[torch.randperm(value.numel(), generator=rng)].view_as(value)
+            for key, value in state.items()
+        }
+        target.mkdir(exist_ok=True)
+        save_encoder(target / "encoder.safetensors", mixed, passport)
+    return target
+
+
+def fine_tune(job: Job, work: Path) -> None:
+    """One fine-tuning, unless its line is there."""
+    if any(line["key"] == job.key for line in results(work)):
         return
+    encoder = encoder_of(job, work)
     began = time.process_time()
-    encoder = None if seed is None else work / f"pretrained-seed{seed}"
-    model = NETWORK if encoder is None else ()
-    done = classify_command(
-        work / "images" / stage,
-        work / "runs" / key,
-        encoder,
-        "images_small_2d",
-        (
-            *model,
-            *FINETUNE,
-            *HERE,
-            f"seed={subset}",
-            f"images.subset_seed={subset}",
-            f"optim.lr={lr}",
-        ),
+    words = (
+        *(NETWORK if encoder is None else ()),
+        *FINETUNE,
+        *HERE,
+        f"seed={job.subset}",
+        f"images.subset_seed={job.subset}",
+        f"optim.lr={job.lr}",
+        f"optim.steps={job.steps}",
+        f"optim.warmup={job.steps // 10}",
+        f"log.validate_every={job.steps}",
     )
-    line = {"key": key, "stage": stage, "arm": arm, "subset": subset, "pretrain_seed": seed}
-    line |= {"lr": lr, **done.scores, "cpu_seconds": round(time.process_time() - began, 1)}
+    done = classify_command(
+        work / "images" / job.images, work / "runs" / job.key, encoder, "images_small_2d", words
+    )
+    line = {"key": job.key, "stage": job.images, "arm": job.arm, "subset": job.subset}
+    line |= {"pretrain_seed": job.seed, "lr": job.lr, "steps": job.steps, **done.scores}
+    line["cpu_seconds"] = round(time.process_time() - began, 1)
     with (work / "results.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
     print(time.strftime("%H:%M:%S"), line, flush=True)
+
+
+def jobs(stage: str, lines: list[Line]) -> list[Job]:
+    """The fine-tunings of a stage; all but `tune` need the rates that it chose."""
+    if stage == "tune":
+        starts = (("scratch", None), ("pre", 0))
+        return [Job("tune", arm, TUNING_SUBSET, seed, lr) for lr in RATES for arm, seed in starts]
+    best = best_rates(lines)
+
+    def pair(subset: int, seed: int, steps: int = STEPS) -> list[Job]:
+        return [
+            Job("report", "scratch", subset, None, best["scratch"], steps),
+            Job("report", "pre", subset, seed, best["pre"], steps),
+        ]
+
+    if stage == "pairs":
+        return [job for seed, group in SUBSETS.items() for s in group for job in pair(s, seed)]
+    return [
+        *(Job("report", "shuffled", s, CONTROL_SEED, best["pre"]) for s in SHUFFLED),
+        *(job for s in DOUBLED for job in pair(s, CONTROL_SEED, 2 * STEPS)),
+        *(Job("report", "scratch", s, None, best["scratch"], TOTAL_STEPS) for s in TOTAL),
+    ]
 
 
 def best_rates(lines: list[Line]) -> dict[str, float]:
@@ -140,34 +217,56 @@ def best_rates(lines: list[Line]) -> dict[str, float]:
     }
 
 
+def scores(lines: list[Line], arm: str, steps: int = STEPS) -> dict[int, float]:
+    """Top-1 on the reporting images by label subset."""
+    return {
+        line["subset"]: line["top1"]
+        for line in lines
+        if (line["stage"], line["arm"], line.get("steps", STEPS)) == ("report", arm, steps)
+    }
+
+
 def print_tables(lines: list[Line]) -> None:
-    """Tuning, the pairs, and the paired difference with its 95 % t-interval."""
+    """Tuning, the pairs with their mean difference, the controls."""
     print("| rate | scratch | pre-trained |\n|---|---|---|")
     tuned = {(line["arm"], line["lr"]): line["top1"] for line in lines if line["stage"] == "tune"}
     for lr in RATES:
         print(f"| {lr:g} | {tuned['scratch', lr]:.3f} | {tuned['pre', lr]:.3f} |")
+    scratch, pre = scores(lines, "scratch"), scores(lines, "pre")
+    seeds = {subset: seed for seed, group in SUBSETS.items() for subset in group}
     print("\n| subset | pre-training seed | scratch | pre-trained | difference |")
     print("|---|---|---|---|---|")
-    arms = {
-        arm: {
-            line["subset"]: line
-            for line in lines
-            if (line["stage"], line["arm"]) == ("report", arm)
-        }
-        for arm in ("scratch", "pre")
-    }
-    both = sorted(arms["scratch"].keys() & arms["pre"].keys())
-    for subset in both:
-        a, b = arms["scratch"][subset], arms["pre"][subset]
-        row = (subset, b["pretrain_seed"], f"{a['top1']:.3f}", f"{b['top1']:.3f}")
-        print("| " + " | ".join(map(str, row)) + f" | {b['top1'] - a['top1']:+.3f} |")
-    first, second = ({str(s): arms[arm][s]["top1"] for s in both} for arm in ("scratch", "pre"))
-    d = paired_difference(first, second, np.random.default_rng(0))
-    means = [np.mean(list(arm.values())) for arm in (first, second)]
-    print(
-        f"\nMean top-1 {means[0]:.3f} -> {means[1]:.3f}; paired difference {d.mean:+.3f}, 95 % "
-        f"interval {d.interval.low:+.3f} to {d.interval.high:+.3f}, {d.positive} of {d.pairs} "
-        f"pairs positive, permutation p {d.permutation_p:.3f}"
+    for s in sorted(scratch.keys() & pre.keys()):
+        a, b = scratch[s], pre[s]
+        print(f"| {s} | {seeds[s]} | {a:.3f} | {b:.3f} | {b - a:+.3f} |")
+    print()
+    for seed, group in SUBSETS.items():
+        ours = {s: v for s, v in pre.items() if s in group}
+        print(told(f"pre-training seed {seed}: scratch -> pre-trained", scratch, ours))
+    shuffled = scores(lines, "shuffled")
+    print(told("all: scratch -> pre-trained", scratch, pre))
+    print(told("scratch -> shuffled weights", scratch, shuffled))
+    print(told("shuffled weights -> pre-trained", shuffled, pre))
+    for steps in (2 * STEPS, TOTAL_STEPS):
+        longer = scores(lines, "scratch", steps)
+        print(told(f"scratch -> scratch with {steps} steps", scratch, longer))
+        print(told(f"scratch with {steps} steps -> pre-trained", longer, pre))
+        both = f"{steps} steps: scratch -> pre-trained"
+        print(told(both, longer, scores(lines, "pre", steps)))
+
+
+def told(what: str, first: dict[int, float], second: dict[int, float]) -> str:
+    """Means over the subsets that both have, and the paired difference."""
+    both = sorted(first.keys() & second.keys())
+    if len(both) < 2:
+        return f"{what}: {len(both)} pairs"
+    one, two = ({str(s): arm[s] for s in both} for arm in (first, second))
+    d = paired_difference(one, two, np.random.default_rng(0))
+    means = [np.mean(list(arm.values())) for arm in (one, two)]
+    return (
+        f"{what}: {means[0]:.3f} -> {means[1]:.3f}; paired difference {d.mean:+.3f}, 95 % interval "
+        f"{d.interval.low:+.3f} to {d.interval.high:+.3f}, {d.positive} of {d.pairs} positive, "
+        f"permutation p {d.permutation_p:.3f}"
     )
 
 
@@ -176,22 +275,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for all that is made")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="default: all")
     parser.add_argument("--table", action="store_true", help="only print the tables")
     options = parser.parse_args()
     work = options.work.resolve()
     if not options.table:
         torch.set_num_threads(1)
         write_images(work)
-        for seed, subsets in SUBSETS.items():
-            pretrain(work, seed)
-            if seed == 0:
-                for lr in RATES:
-                    for arm, used in (("scratch", None), ("pre", 0)):
-                        fine_tune(work, "tune", arm, TUNING_SUBSET, used, lr)
-            best = best_rates(results(work))
-            for subset in subsets:
-                fine_tune(work, "report", "scratch", subset, None, best["scratch"])
-                fine_tune(work, "report", "pre", subset, seed, best["pre"])
+        for stage in options.stages:
+            for job in jobs(stage, results(work)):
+                fine_tune(job, work)
     print_tables(results(work))
 
 

@@ -40,7 +40,7 @@ TUNING_SUBSET = 100
 CONTROL_SEED = 1
 SHUFFLED, DOUBLED, TOTAL = range(6, 12), range(6, 9), range(6, 8)
 """Label subsets of each control."""
-TOTAL_STEPS = 6000
+TOTAL_STEPS = 3600
 """As much of a core as pre-training and fine-tuning together, or more (see `cpu_seconds`)."""
 STAGES = ("tune", "pairs", "controls")
 NETWORK = (

@@ -5,6 +5,7 @@ kept elsewhere (in the case's record), with one more over the rest of the frame,
 checked by reading only the chunks it touches: chunk -> hash -> decompress.
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -75,27 +76,53 @@ def encode(array: NDArray[np.generic], side: int = 64) -> tuple[bytes, Frame]:
             "nthreads": 1,
         },
     )
-    frame = bytes(stored.to_cframe())
+    frame = cast(bytes, stored.to_cframe())
+    del stored  # the frame holds all of it; two copies of a volume are enough
+    head, spans = _layout(frame)
     reread: Any = blosc2.ndarray_from_cframe(frame)
-    pieces = [reread.schunk.get_chunk(n) for n in range(reread.schunk.nchunks)]
-    head, data = _data_span(frame, pieces)
+    whole = memoryview(frame)
+    hashes = "".join(
+        xxhash.xxh3_64_hexdigest(whole[begin : begin + length] if length else _piece(reread, n))
+        for n, (begin, length) in enumerate(spans)
+    )
+    data = sum(length for _, length in spans)
+    head = head if data else len(frame)
     rest = xxhash.xxh3_64_hexdigest(frame[:head] + frame[head + data :])
-    hashes = "".join(xxhash.xxh3_64_hexdigest(piece) for piece in pieces)
     return frame, Frame(
         array.shape, array.dtype.str, chunk, rows, len(frame), head, data, rest, hashes
     )
 
 
-def _data_span(frame: bytes, pieces: Sequence[bytes]) -> tuple[int, int]:
-    """Where the chunks lie in a frame, one after the other; those of one value take no room."""
-    written = b"".join(piece for piece in pieces if len(piece) > 32)
-    head = frame.find(written)
-    if head < 0:
+def _piece(array: Any, number: int) -> bytes:
+    """A chunk of one value, which blosc2 makes from its table of chunks."""
+    return array.schunk.get_chunk(number)
+
+
+def _layout(frame: bytes) -> tuple[int, list[tuple[int, int]]]:
+    """Bytes of a frame's header, and offset and length of each chunk, from the frame's own fields.
+
+    Chunks lie one after the other; those of one value take no room. Every chunk tells its own
+    length, which must agree: another layout of a later blosc2 is met here, not by a reader.
+
+    Raises:
+        RuntimeError: it does not agree.
+    """
+    head = int.from_bytes(frame[11:15], "big")
+    data = int.from_bytes(frame[39:47], "big")
+    table = head + data
+    length = int.from_bytes(frame[table + 12 : table + 16], "little")
+    spans: list[tuple[int, int]] = []
+    if 0 < length <= len(frame) - table:
+        with contextlib.suppress(RuntimeError, ValueError):  # no table there: told below
+            spans = _spans(frame[table : table + length], head, data)
+    stored = [(begin, size) for begin, size in spans if size]
+    told = [int.from_bytes(frame[begin + 12 : begin + 16], "little") for begin, _ in stored]
+    if not spans or told != [size for _, size in stored] or sum(told) != data:
         raise RuntimeError(
             f"blosc2 {blosc2.__version__} lays out frames in another way than this store relies "
             "on; install blosc2 4.x"
         )
-    return (head, len(written)) if written else (len(frame), 0)
+    return head, spans
 
 
 class ChunkedFile:
@@ -131,7 +158,7 @@ class ChunkedFile:
         self._counts = [math.ceil(n / c) for n, c in zip(frame.shape, frame.chunk, strict=True)]
         hashes = frame.chunk_hashes
         self._hashes = [int(hashes[n : n + DIGITS], 16) for n in range(0, len(hashes), DIGITS)]
-        self._spans = _spans(tail, frame)
+        self._spans = _spans_of(tail, frame)
         self._longest = max((length for _, length in self._spans), default=0)
 
     def read(
@@ -252,20 +279,23 @@ class ChunkedFile:
         )
 
 
-def _spans(tail: bytes, frame: Frame) -> list[tuple[int, int]]:
+def _spans(table: bytes, head: int, data: int) -> list[tuple[int, int]]:
     """Offset and length of each chunk in the file; length 0 for one that takes no room in it.
 
-    The table of chunks opens the trailer: 64-bit offsets from the end of the header, compressed as
-    a chunk is; a negative one marks a chunk of one value.
+    `table` holds 64-bit offsets from the end of the header, compressed as a chunk is; a negative
+    one marks a chunk of one value.
     """
-    n = len(frame.chunk_hashes) // DIGITS
-    if frame.data == 0:
-        return [(0, 0)] * n
-    table = tail[: int.from_bytes(tail[12:16], "little")]
     offsets = np.frombuffer(cast(bytes, blosc2.decompress2(table, dparams={"nthreads": 1})), "<i8")
     stored = np.flatnonzero(offsets >= 0)
-    spans = [(0, 0)] * n
-    ends = [*offsets[stored[1:]].tolist(), frame.data]
+    spans = [(0, 0)] * len(offsets)
+    ends = [*offsets[stored[1:]].tolist(), data][: len(stored)]
     for number, begin, end in zip(stored.tolist(), offsets[stored].tolist(), ends, strict=True):
-        spans[number] = (frame.head + begin, end - begin)
+        spans[number] = (head + begin, end - begin)
     return spans
+
+
+def _spans_of(tail: bytes, frame: Frame) -> list[tuple[int, int]]:
+    """`_spans` from the trailer of a known frame, which the table opens."""
+    if frame.data == 0:
+        return [(0, 0)] * (len(frame.chunk_hashes) // DIGITS)
+    return _spans(tail[: int.from_bytes(tail[12:16], "little")], frame.head, frame.data)

@@ -1,5 +1,6 @@
 """The store: exact boxes, whole or absent cases, and no damage that goes unnoticed."""
 
+import os
 import pickle
 import random
 
@@ -9,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spark3d.data.chunks import ChunkedFile, encode
+from spark3d.data.chunks import ChunkedFile, _layout, encode
+from spark3d.data.files import write_atomic
 from spark3d.data.geometry import SourceGrid
 from spark3d.data.record import CaseRecord, IntensityStats, case_path, read_record
 from spark3d.data.store import PreparedCase, Store, StoreWriter, write_case
@@ -221,3 +223,39 @@ def test_a_second_writer_and_other_settings_are_refused(tmp_path):
 def test_names_that_are_no_ids_never_become_paths(tmp_path, name):
     with pytest.raises(ValueError, match="no case id"):
         case_path(tmp_path, name, ".json")
+
+
+def test_a_frame_laid_out_in_another_way_is_refused_when_it_is_written():
+    """The bytes of chunks are found by the frame's own fields, which must agree with the chunks."""
+    content, frame = encode(np.random.default_rng(0).integers(0, 999, (70, 40, 33), np.int16), 32)
+    head, spans = _layout(content)
+    assert head == frame.head
+    assert spans[0][0] == head
+    assert sum(length for _, length in spans) == frame.data
+    for offset in (14, 46, frame.head + 12, frame.head + frame.data + 12):
+        other = bytearray(content)
+        other[offset] ^= 1
+        with pytest.raises(RuntimeError, match=r"blosc2 4\.x"):
+            _layout(bytes(other))
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "more"])
+def test_what_the_disk_made_of_a_file_is_read_back_before_it_counts(tmp_path, monkeypatch, harm):
+    """Any difference is an error, the earlier file is whole, and nothing else is left."""
+    path, data = tmp_path / "a.b2nd", bytes(range(256)) * 3000
+    write_atomic(path, data)
+
+    def harmed(handle):
+        if harm == "more":
+            os.lseek(handle, 0, os.SEEK_END)
+            os.write(handle, b"x")
+        elif harm == "cut":
+            os.ftruncate(handle, len(data) - 1)
+        else:
+            os.pwrite(handle, b"\xff", len(data) // 2)
+
+    monkeypatch.setattr(os, "fsync", harmed)
+    with pytest.raises(EnvironmentProblem, match=r"read back differs from what was written"):
+        write_atomic(path, bytes(len(data)))
+    assert path.read_bytes() == data
+    assert [p.name for p in tmp_path.iterdir()] == ["a.b2nd"]

@@ -1,6 +1,8 @@
 """Writing a store: a case is there whole, with its record written last, or it is not there."""
 
+import contextlib
 import fcntl
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -40,6 +42,8 @@ class PreparedCase:
 class StoreWriter:
     """Sole writer of a store, as a context manager; several processes may call `write_case` for it.
 
+    A new store that fails before it has a case leaves nothing behind.
+
     Args:
         folder: made if absent.
         settings: what the cases are prepared with; a store of other settings is refused.
@@ -54,8 +58,10 @@ class StoreWriter:
     def __init__(self, folder: Path, settings: dict[str, Any], shard: int | None = None) -> None:
         self.folder, self.settings, self._shard = folder, settings, shard
         self._locks: list[TextIO] = []
+        self._new_folder = self._new_store = False
 
     def __enter__(self) -> "StoreWriter":
+        self._new_folder = not self.folder.exists()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -73,10 +79,23 @@ class StoreWriter:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, problem: type[BaseException] | None = None, *_: object) -> None:
+        if problem is not None and self._new_store and self._shard is None:
+            self._leave_nothing()
         for lock in self._locks:
             lock.close()
         self._locks.clear()
+
+    def _leave_nothing(self) -> None:
+        """Remove a store that this writer began and that has no case, so that it hinders nobody."""
+        if any(self.folder.glob("cases/*/*.json")):
+            return
+        shutil.rmtree(self.folder / "cases", ignore_errors=True)
+        with contextlib.suppress(OSError):  # the problem that led here is the one to tell
+            for path in (self.folder / "store.json", self.workers_lock, self.folder / ".lock"):
+                path.unlink(missing_ok=True)
+            if self._new_folder:
+                self.folder.rmdir()
 
     def _lock(self, name: str, kind: int) -> None:
         """Take a lock that ends with this process, however it ends.
@@ -131,6 +150,7 @@ class StoreWriter:
                     "for --out"
                 )
             write_atomic(path, sealed({"format": FORMAT, "settings": self.settings}))
+            self._new_store = True
             return
         found = read_head(self.folder)["settings"]
         if found != self.settings:

@@ -4,11 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
-import sys
-import time
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nifti_files import DEFAULT, ct_like, rotation, signed_permutation, write_nifti
 
-from spark3d.data import job, pool
 from spark3d.data.case import content_hash, guess_modality, quantise
 from spark3d.data.geometry import resample_onto
 from spark3d.data.io import read_volume
-from spark3d.data.job import Job
-from spark3d.data.pool import run_jobs
 from spark3d.data.prepare import (
     PrepareReport,
     PrepareSpec,
@@ -33,7 +25,7 @@ from spark3d.data.prepare import (
 )
 from spark3d.data.sources import CaseSource, find_cases
 from spark3d.data.store import Store, case_path
-from spark3d.errors import ConfigError, DataError, EnvironmentProblem
+from spark3d.errors import ConfigError, DataError
 
 SPEC = PrepareSpec(spacing_mm=(2.5, 2.0, 3.0))
 
@@ -273,116 +265,6 @@ def test_ct_is_recognised_by_whole_numbers_that_reach_air():
     assert guess_modality(np.abs(ct_like())[None]) == "MR"
 
 
-KILLED = """
-import sys
-from pathlib import Path
-from spark3d.data.prepare import PrepareSpec, prepare
-from spark3d.data.sources import find_cases
-if __name__ == "__main__":
-    spec = PrepareSpec(spacing_mm=(2.5, 2.0, 3.0))
-    prepare(find_cases(sys.argv[1]), sys.argv[2], spec, workers=int(sys.argv[3]))
-"""
-
-
-def kill_while_preparing(source, store, after, workers):
-    """Start preparing in another process and kill it once `after` records are there."""
-    child = subprocess.Popen([sys.executable, "-c", KILLED, source, store, str(workers)])
-    deadline = time.monotonic() + 60
-    while child.poll() is None and time.monotonic() < deadline:
-        if len(list(store.rglob("cases/*/*.json"))) >= after:
-            child.kill()
-            break
-    child.wait()
-
-
-@pytest.mark.parametrize(
-    "kills", [(3,), pytest.param(tuple(range(10)) * 2, marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path, kills, workers):
-    source = decathlon(tmp_path / "data", labelled=8)
-    prepare(find_cases(source), tmp_path / "whole", SPEC)
-    for after in kills:
-        kill_while_preparing(source, tmp_path / "s", after, workers)
-    time.sleep(1.5 if workers else 0)  # workers notice the death of their parent
-    report = prepare(find_cases(source), tmp_path / "s", SPEC)
-    assert report.total == 11
-    assert snapshot(tmp_path / "s") == snapshot(tmp_path / "whole")
-    assert prepare(find_cases(source), tmp_path / "s", SPEC).written == []
-
-
-FULL = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
-from spark3d.data.prepare import PrepareSpec, prepare
-from spark3d.data.sources import find_cases
-from spark3d.errors import EnvironmentProblem
-try:
-    prepare(find_cases(sys.argv[1]), sys.argv[2], PrepareSpec(spacing_mm=(2.5, 2.0, 3.0)))
-except EnvironmentProblem as error:
-    print(error)
-    sys.exit(4)
-"""
-
-
-def test_a_full_disk_is_said_and_loses_nothing(source, tmp_path):
-    prepare(find_cases(source), tmp_path / "s", SPEC)
-    before = snapshot(tmp_path / "s")
-    big = ct_like((40, 40, 40))
-    write_nifti(source / "imagesUn" / "un_1.nii.gz", big)
-    call = [sys.executable, "-c", FULL, source, tmp_path / "s"]
-    done = subprocess.run(call, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 4, done.stderr
-    assert "free some space" in done.stdout
-    assert snapshot(tmp_path / "s") == before, "the earlier case is whole, no temporary is left"
-    assert prepare(find_cases(source), tmp_path / "s", SPEC).written == ["un_1"]
-
-
-def test_a_killed_worker_is_named_with_its_cases(source, tmp_path):
-    class DeadPool:
-        def submit(self, _, one):
-            future: Future[None] = Future()
-            future.set_exception(BrokenProcessPool("gone"))
-            return future
-
-    jobs = [Job(case, SPEC, tmp_path) for case in find_cases(source)]
-    with pytest.raises(EnvironmentProblem, match=r"killed.*pt_0.*--workers"):
-        list(pool._schedule(DeadPool(), job.run_job, jobs, 2, 1e12))
-
-
-@pytest.mark.parametrize(("budget", "most"), [(1.0, 1), (1e12, 6)])
-def test_no_more_cases_run_at_once_than_fit_the_memory(source, tmp_path, budget, most):
-    running, seen = [], []
-
-    def slow(one):
-        running.append(one)
-        time.sleep(0.02)
-        seen.append(len(running))
-        running.remove(one)
-
-    jobs = [Job(case, SPEC, tmp_path) for case in find_cases(source)]
-    with ThreadPoolExecutor(6) as threads:
-        assert len(list(pool._schedule(threads, slow, jobs, 3, budget))) == 6
-    assert max(seen) <= most
-    assert most == 1 or max(seen) > 1
-
-
-def test_a_case_too_large_for_the_memory_is_left_out_by_name(source, tmp_path, monkeypatch):
-    def greedy(*_):
-        raise MemoryError
-
-    monkeypatch.setattr(job, "prepare_case", greedy)
-    reason = job.run_job(Job(find_cases(source)[0], SPEC, tmp_path / "s"))
-    assert reason is not None
-    assert reason.startswith("E-MEMORY: pt_0: found ")
-
-
-def test_a_place_that_cannot_be_written_to_is_a_problem_of_the_environment(source, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(EnvironmentProblem, match="check the folder"):
-        prepare(find_cases(source), tmp_path / "file" / "s", SPEC)
-
-
 def test_filled_voxels_are_counted_in_the_record(source, tmp_path):
     array = ct_like().astype(np.float32)
     array[4, 4, :3] = np.nan
@@ -393,11 +275,6 @@ def test_filled_voxels_are_counted_in_the_record(source, tmp_path):
     filled = {r.id: r.filled for r in Store.open(tmp_path / "t").cases}
     assert filled["un_1"] == 3
     assert sum(filled.values()) == 3
-
-
-def test_jobs_run_here_without_workers(source, tmp_path):
-    jobs = [Job(find_cases(source)[0], SPEC, tmp_path / "s")]
-    assert [reason for _, reason in run_jobs(jobs, 0)] == [None]
 
 
 @pytest.mark.realdata

@@ -191,7 +191,10 @@ def _cases(names: Any) -> str:
 def _seen(overlap: Mapping[str, Any], kind: str) -> str:
     counts = _section(overlap, "pretraining")
     parts = [f"{n} of {of} {part}" for part, (n, of) in counts.items() if of]
-    return f"{', '.join(parts)} {'images' if kind == 'classify' else 'volumes'}" if parts else ""
+    things = "images" if kind == "classify" else "volumes"
+    text = f"{', '.join(parts)} {things}" if parts else ""
+    known = [f"{n} of {of} {part}" for part, (n, of) in _section(overlap, "patients").items() if of]
+    return f"{text}; patients of {', '.join(known)} volumes" if known else text
 
 
 def _allowed(overlap: Mapping[str, Any]) -> str:

@@ -1,14 +1,22 @@
 """Who trains, validates and is kept for the test; leaks between them and from pre-training."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from spark3d.commands.stores import some
 from spark3d.config import SplitSection
 from spark3d.data.record import CaseRecord
-from spark3d.data.splits import check_disjoint, few_labels, held_out, named_split, overlapping
+from spark3d.data.splits import (
+    check_disjoint,
+    few_labels,
+    held_out,
+    named_split,
+    overlapping,
+    same_patients,
+    without_comparison,
+)
 from spark3d.errors import ConfigError, DataError
 from spark3d.weights.passport import Passport
 
@@ -100,7 +108,7 @@ def _by_sections(split: SplitSection, records: Sequence[CaseRecord]) -> SplitCas
 
 
 def check_overlap(parts: SplitCases, passport: Passport | None, allow: bool) -> dict[str, Any]:
-    """Refuse a patient or voxels in two parts, and held-out volumes seen in pre-training.
+    """Refuse a patient or voxels in two parts, and held-out ones seen in pre-training.
 
     Training volumes seen in pre-training are usual, and only told.
 
@@ -111,7 +119,8 @@ def check_overlap(parts: SplitCases, passport: Passport | None, allow: bool) -> 
 
     Returns:
         What the run's record and reports say: `allowed`, the warnings; `pretraining`, how many
-        volumes of each part the encoder has seen (absent without an encoder).
+        volumes of each part the encoder has seen (absent without an encoder); `patients`, of how
+        many that can be compared it has seen the patient (absent where its data tell none).
 
     Raises:
         DataError: names the cases, unless `allow`.
@@ -122,6 +131,9 @@ def check_overlap(parts: SplitCases, passport: Passport | None, allow: bool) -> 
         sides = {"training": parts.train, "validation": parts.validation, "test": parts.test}
         seen = {name: overlapping(side, passport.content_hashes) for name, side in sides.items()}
         record["pretraining"] = {name: [len(seen[name]), len(sides[name])] for name in sides}
+        if passport.patient_hashes:
+            record["patients"], found = _patients_seen(sides, seen, passport)
+            problems += found
         problems += [
             f"{len(seen[name])} {name} volumes were seen in pre-training: {some(seen[name])}; "
             "pre-train without them"
@@ -147,6 +159,39 @@ def weighed(problems: list[str], record: dict[str, Any], allow: bool) -> dict[st
     for problem in problems:
         log.warning("%s (allowed; scores are not those of unseen cases)", problem)
     return {**record, "allowed": problems} if record or problems else {}
+
+
+def _patients_seen(
+    sides: Mapping[str, Sequence[CaseRecord]],
+    volumes: Mapping[str, Sequence[str]],
+    passport: Passport,
+) -> tuple[dict[str, list[int]], list[str]]:
+    """Cases of each part whose patient is known to the encoder, beside those whose voxels are.
+
+    Returns:
+        How many there are of how many that can be compared, by part; and the problems.
+    """
+    counts, problems = {}, []
+    for name, side in sides.items():
+        apart = without_comparison(side, passport.patient_hashes)
+        found = same_patients(side, passport.patient_hashes)
+        counts[name] = [len(found), len(side) - len(apart)]
+        others = sorted(set(found) - set(volumes[name]))
+        if name == "training" or not side:
+            continue
+        if others:
+            problems.append(
+                f"E-LEAK-PATIENT: {len(others)} {name} volumes are of patients seen in "
+                f"pre-training: {some(others)}; pre-train without these patients"
+            )
+        if apart:
+            log.warning(
+                "the patients of %d of %d %s volumes cannot be compared with those of "
+                "pre-training, only their voxels: give 'spark3d prepare' --group-pattern, and "
+                "SPARK3D_ID_KEY the secret of that store",
+                len(apart), len(side), name,
+            )  # fmt: skip
+    return counts, problems
 
 
 def leaks(parts: SplitCases) -> list[str]:

@@ -55,6 +55,7 @@ class Start:
         return replace(
             passport,
             content_hashes=tuple(dict.fromkeys((*before.content_hashes, *passport.content_hashes))),
+            patient_hashes=tuple(dict.fromkeys((*before.patient_hashes, *passport.patient_hashes))),
             steps=before.steps + passport.steps,
             history=(*before.history, told),
         )

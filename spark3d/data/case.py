@@ -94,6 +94,7 @@ def prepare_case(case: CaseSource, spec: PrepareSpec) -> PreparedCase:
         labels=present,
         sidecar_hash="",
         filled=source.filled,
+        patient=case.patient,
     )
     points = {} if classes is None or present is None else class_points(classes, present)
     return PreparedCase(record, stored, classes, body_cells(body[box]), points)

@@ -59,7 +59,9 @@ def read_case_list(path: Path) -> FoundCases:
 
 
 def _entry(case: CaseSource) -> dict[str, Any]:
-    entry: dict[str, Any] = {"id": case.id, "patient": case.group, "section": case.section}
+    entry: dict[str, Any] = {"id": case.id, "section": case.section}
+    if case.has_patient:
+        entry["patient"] = case.group
     entry["image"] = str(case.image.resolve())
     if case.label is not None:
         entry["label"] = str(case.label.resolve())
@@ -79,6 +81,7 @@ def _case(entry: Mapping[str, Any], base: Path) -> CaseSource:
         image=base / entry["image"],
         label=None if label is None else base / label,
         group=str(entry.get("patient", "")),
+        stated="patient" in entry,
         section=str(entry.get("section", "unlabelled")),
         more_channels=tuple(base / name for name in entry.get("more_channels", ())),
     )

@@ -72,7 +72,8 @@ def is_current(job: Job, verify: bool = False) -> bool:
         if frame is not None and not (path.exists() and path.stat().st_size == frame["n_bytes"]):
             return False
     described = data["case"]
-    same_place = (described["group"], described["section"]) == (job.case.group, job.case.section)
+    known = described["group"], described["section"], described.get("patient", "")
+    same_place = known == (job.case.group, job.case.section, job.case.patient)
     return (
         same_place
         and case_path(job.out, case_id, ".npz").exists()

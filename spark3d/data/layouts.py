@@ -64,6 +64,8 @@ class CaseSource:
         section: training, validation, test or unlabelled.
         more_channels: further channels, one file each.
         slices: the files of a DICOM series; `image` is then the folder of the first.
+        stated: the source tells the patient, which is `group`; else each case counts as its own.
+        patient: keyed hash of a stated patient, which `data/privacy.py` fills in.
     """
 
     id: str
@@ -73,10 +75,17 @@ class CaseSource:
     section: str = "unlabelled"
     more_channels: tuple[Path, ...] = ()
     slices: tuple[Path, ...] = ()
+    stated: bool = False
+    patient: str = ""
 
     def __post_init__(self) -> None:
         if not self.group:
             object.__setattr__(self, "group", self.id)
+
+    @property
+    def has_patient(self) -> bool:
+        """Whether the patient is known, so that other cases may be told to be of the same one."""
+        return self.stated or self.group != self.id
 
     @property
     def images(self) -> tuple[Path, ...]:
@@ -257,7 +266,8 @@ def plain(root: Path, progress: Callable[[int, int], None] | None = None) -> Fou
     series, counts, others = sort_series(rest, step)
     for one in series:
         folder = one.files[0].parent
-        cases.append(CaseSource(one.key, folder, group=one.patient, slices=one.files))
+        known = bool(one.patient)
+        cases.append(CaseSource(one.key, folder, group=one.patient, slices=one.files, stated=known))
     notices = [f"passed over {count} {what}" for what, count in sorted(counts.items())]
     if others:
         notices.append(f"passed over {len(others)} files that are no volumes ({_kinds(others)})")

@@ -1,9 +1,14 @@
-"""Case ids that may stand in file names and reports: a strict pattern, or a keyed hash.
+"""What may stand in files that leave the machine: ids of a strict pattern, or keyed hashes.
 
 Paths often hold names of patients. An id of letters, digits, `.`, `_` and `-` is kept as it is,
 unless it holds a DICOM UID; any other, and that of every DICOM series, is replaced by an HMAC whose
 key never enters a store: the environment variable SPARK3D_ID_KEY, else a key made once in the
 user's configuration folder.
+
+Patients are told apart across stores by a keyed hash too, as the ids of a hospital can be tried out
+one by one. Hashes under one key compare, wherever the stores were made: give SPARK3D_ID_KEY the
+same long random secret there. Each hash begins with a mark of its key, so that it is known which
+compare at all.
 """
 
 import hashlib
@@ -20,19 +25,21 @@ from spark3d.errors import EnvironmentProblem
 
 
 def safe_cases(cases: Sequence[CaseSource]) -> tuple[list[CaseSource], dict[str, str]]:
-    """Replace ids and groups outside the strict pattern.
+    """Replace ids and groups outside the strict pattern; add the hash of each stated patient.
 
     Returns:
         The cases, and old id -> new id of those that changed.
     """
-    if all(is_safe_name(case.id) and is_safe_name(case.group) for case in cases):
+    harmless = all(is_safe_name(case.id) and is_safe_name(case.group) for case in cases)
+    if harmless and not any(case.has_patient for case in cases):
         return list(cases), {}
     key = _key()
     result, renamed = [], {}
     for case in cases:
         safe = case.id if is_safe_name(case.id) else keyed_id(case.id, key)
         group = case.group if is_safe_name(case.group) else keyed_id(case.group, key)
-        result.append(replace(case, id=safe, group=group))
+        patient = patient_hash(group, key) if case.has_patient else ""
+        result.append(replace(case, id=safe, group=group, patient=patient))
         if safe != case.id:
             renamed[case.id] = safe
     return result, renamed
@@ -41,6 +48,20 @@ def safe_cases(cases: Sequence[CaseSource]) -> tuple[list[CaseSource], dict[str,
 def keyed_id(name: str, key: bytes) -> str:
     """An id that only a holder of the key can trace to `name`."""
     return "case-" + hmac.new(key, name.encode(), hashlib.sha256).hexdigest()[:20]
+
+
+def patient_hash(group: str, key: bytes) -> str:
+    """Mark of the key and hash of a patient, whose group (as the store has it) is `group`."""
+    mark, patient = (
+        hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
+        for text in ("mark of the key", f"patient {group}")
+    )
+    return f"{mark[:8]}-{patient[:24]}"
+
+
+def key_mark(patient: str) -> str:
+    """The mark of the key in a patient's hash; empty without one."""
+    return patient.partition("-")[0]
 
 
 def _key() -> bytes:

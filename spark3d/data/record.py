@@ -65,6 +65,7 @@ class CaseRecord:
         sidecar: file with body shares and class coordinates.
         sidecar_hash: of that file.
         filled: voxels of the source that were NaN and were given another value.
+        patient: keyed hash of the patient where the source tells one; see `data/privacy.py`.
     """
 
     id: str
@@ -83,6 +84,7 @@ class CaseRecord:
     labels: tuple[int, ...] | None
     sidecar_hash: str
     filled: int = 0
+    patient: str = ""
     sidecar: Path | None = field(default=None, repr=False)
 
     @property
@@ -147,6 +149,7 @@ class CaseRecord:
             "labels": None if self.labels is None else list(self.labels),
             "sidecar_hash": self.sidecar_hash,
             "filled": self.filled,
+            **({"patient": self.patient} if self.patient else {}),
         }
 
     @classmethod

@@ -87,4 +87,4 @@ def _recognise(root: Path, progress: Callable[[int, int], None] | None) -> Found
 def _grouped(cases: Iterable[CaseSource], pattern: str | None) -> Iterable[CaseSource]:
     for case in cases:
         match = re.search(pattern, case.id) if pattern else None
-        yield replace(case, group=match.group(1)) if match else case
+        yield replace(case, group=match.group(1), stated=True) if match else case

@@ -14,6 +14,7 @@ from typing import Any
 import xxhash
 
 from spark3d.data.checks import check_apart, fault
+from spark3d.data.privacy import key_mark
 from spark3d.data.record import CaseRecord
 from spark3d.errors import ConfigError, DataError
 
@@ -226,6 +227,18 @@ def overlapping(records: Iterable[CaseRecord], hashes: Iterable[str]) -> tuple[s
     """Ids of the cases whose voxels are among `hashes` (content hashes of pre-training volumes)."""
     seen = frozenset(hashes)
     return tuple(sorted(record.id for record in records if record.content_hash in seen))
+
+
+def same_patients(records: Iterable[CaseRecord], hashes: Iterable[str]) -> tuple[str, ...]:
+    """Ids of the cases whose patient is among `hashes` (keyed hashes of known patients)."""
+    seen = frozenset(hashes)
+    return tuple(sorted(record.id for record in records if record.patient in seen))
+
+
+def without_comparison(records: Iterable[CaseRecord], hashes: Iterable[str]) -> tuple[str, ...]:
+    """Ids of the cases whose patient is unknown, or hashed under another key than `hashes`."""
+    marks = {key_mark(patient) for patient in hashes}
+    return tuple(sorted(r.id for r in records if key_mark(r.patient) not in marks))
 
 
 def check_disjoint(

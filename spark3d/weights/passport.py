@@ -42,6 +42,8 @@ class Passport:
         recipe: The resolved recipe.
         content_hashes: Of the voxels of every pre-training volume, or of the bytes of every image
             file, to tell overlaps with test data.
+        patient_hashes: Keyed hashes of the patients of these volumes, where their source told them;
+            see `spark3d.data.privacy`.
         steps: Optimiser steps behind the weights.
         history: What was done to them before: imports, conversions, earlier pre-training.
         objective_sha256: Of `objective.safetensors`, the rest of the pre-training; empty if none.
@@ -60,6 +62,7 @@ class Passport:
     objective: str = ""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     content_hashes: tuple[str, ...] = ()
+    patient_hashes: tuple[str, ...] = ()
     steps: int = 0
     history: tuple[str, ...] = ()
     objective_sha256: str = ""
@@ -97,7 +100,7 @@ class Passport:
                 f"{source} has format {found.get('format')} and fields {found.keys() - known} that "
                 "this version does not know; upgrade spark3d"
             )
-        for name in ("spacing_mm", "content_hashes", "history"):
+        for name in ("spacing_mm", "content_hashes", "patient_hashes", "history"):
             if found.get(name) is not None:
                 found[name] = tuple(found[name])
         return cls(**found)

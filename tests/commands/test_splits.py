@@ -203,3 +203,28 @@ def test_training_volumes_seen_in_pretraining_are_told_not_refused(
     page = (tmp_path / "r.html").read_text()
     assert "2 of 2 training, 0 of 2 validation volumes" in page
     assert "not those of unseen" not in page
+
+
+def test_a_patient_of_pretraining_among_the_held_out_cases(
+    volumes: Path, tuning: Tuning, fails: Fails, tmp_path: Path, out: Path
+) -> None:
+    """Other scans of the same patient: extra2 was pre-trained on, case2 validates."""
+    data, pre = tmp_path / "store", tmp_path / "pre"
+    pattern = ("--group-pattern", r"^\D+(\d)$")
+    succeeds("prepare", "--data", volumes, "--out", data, "--workers", "0", *pattern)
+    names = tmp_path / "names.txt"
+    names.write_text("case0\ncase1\n")
+    succeeds("pretrain", *PRETRAIN, *SHORT, "--data", data, "--out", pre, "--exclude", names)
+    words = tuning("--encoder", pre, data=data)
+    line = fails(DATA, *words)
+    assert (
+        "E-LEAK-PATIENT: 1 validation volumes are of patients seen in pre-training: case2" in line
+    )
+    assert not out.exists()
+    succeeds(*words, "--allow-overlap")
+    seen = {"training": [2, 2], "validation": [1, 2], "test": [0, 0]}
+    assert inputs(out)["overlap"]["patients"] == seen
+    succeeds("report", out, "--out", tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert "patients of 2 of 2 training, 1 of 2 validation volumes" in page
+    assert "Scores are not those of unseen cases." in page

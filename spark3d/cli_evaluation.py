@@ -22,6 +22,10 @@ def evaluate(
         bool, typer.Option(help="Also print Dice as other programs average it, named so.")
     ] = False,
     pages: Annotated[bool, typer.Option(help="A page with slices to scroll, per case.")] = False,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Volumes that were predicted, for pictures, if references lack them."),
+    ] = None,
 ) -> None:
     """Score predictions per case and organ, in mm, on the original grid.
 
@@ -39,6 +43,7 @@ def evaluate(
         partial=partial,
         legacy=legacy,
         pages=pages,
+        images=images,
     )
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import shlex
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,11 +9,13 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from spark3d.commands.command_line import recorded_command
 from spark3d.commands.evaluate_pairs import Pair, Pairs, find_pairs, read_pair, read_record
 from spark3d.commands.report_cases import write_pages
 from spark3d.commands.runs import versions
 from spark3d.data.files import write_atomic
 from spark3d.data.io import read_volume
+from spark3d.data.names import safe_name
 from spark3d.engine.logging import step_progress
 from spark3d.errors import ConfigError, EnvironmentProblem
 from spark3d.evaluation.legacy import legacy_table, legacy_variants
@@ -38,6 +39,7 @@ def evaluate_command(
     partial: bool = False,
     legacy: bool = False,
     pages: bool = False,
+    images: Path | None = None,
     console: Console | None = None,
 ) -> Evaluation:
     """Score label maps case by case on the grid of the references, and picture three cases.
@@ -55,6 +57,8 @@ def evaluate_command(
         partial: leave out references without a prediction; they are refused otherwise.
         legacy: also print Dice as other programs average it (`evaluation.legacy`), and write it to
             `legacy.csv`; on the resampled grid where `predict` recorded the model's spacing.
+        images: folder of the volumes that were predicted, for pictures; needed where `references`
+            holds label maps alone.
         pages: picture every case, not three, and write a page for each, `cases/<case>.html`.
         console: where the table is printed; stdout by default.
 
@@ -67,11 +71,11 @@ def evaluate_command(
     if tolerance_mm is None:
         tolerance_mm = float(score.get("tolerance_mm", 2.0))
     console = console or Console()
-    pairs = find_pairs(predictions, references, labels, partial)
+    pairs = find_pairs(predictions, references, labels, partial, images)
     within = tolerances(tolerance_mm, pairs.organs.values())
     make_folder(out)
     scored = score_pairs(pairs, within, console.is_terminal)
-    name = name or predictions.resolve().name
+    name = name or safe_name(predictions.resolve().name, "predictions")
     if protocol.get("smoke"):
         name = f"{name} ({SMOKE_NOTE})"
     result = Evaluation(name, pairs.organs, scored)
@@ -81,11 +85,10 @@ def evaluate_command(
         "protocol": protocol or None,
         "absent_rule": ABSENT_RULE,
         "grid": "of the reference files",
-        "predictions": str(predictions.resolve()),
-        "references": str(references.resolve()),
         "unpredicted": list(pairs.unpredicted),
         "overlays": shown,
-        "command": shlex.join(["spark3d", *sys.argv[1:]]),
+        "predict_command": record.get("command"),
+        "command": shlex.join(recorded_command()),
         "versions": versions(),
     }
     result = replace(result, settings=settings)
@@ -186,8 +189,8 @@ def draw_overlays(pairs: Pairs, shown: Iterable[str], folder: Path) -> None:
 
 def image_of(pair: Pair, size: tuple[int, ...]) -> np.ndarray | None:
     """The first channel of a case's image, None where it is unknown or lies on another grid."""
-    if pair.image is None or not pair.image.is_file():
-        log.info("%s: no image beside the labels, so its overlay has none", pair.id)
+    if pair.image is None:
+        log.info("%s: its overlay has no image; --images tells where it is", pair.id)
         return None
     volume = read_volume(pair.image, channels=True, nan_fill=0.0)
     if volume.size != size:

@@ -11,7 +11,8 @@ import numpy as np
 from spark3d.commands.predict_ledger import FILE as PREDICT_FILE
 from spark3d.data.checks import check_same_grid, fault
 from spark3d.data.grid import Volume
-from spark3d.data.io import read_label
+from spark3d.data.io import Source, read_label
+from spark3d.data.names import shown
 from spark3d.data.privacy import safe_cases
 from spark3d.data.sources import CaseSource, find
 from spark3d.errors import DataError
@@ -27,7 +28,7 @@ class Pair:
     id: str
     prediction: Path
     reference: Path
-    image: Path | None = None
+    image: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,11 @@ class Pairs:
 
 
 def find_pairs(
-    predictions: Path, references: Path, labels: Mapping[int, str] | None, partial: bool
+    predictions: Path,
+    references: Path,
+    labels: Mapping[int, str] | None,
+    partial: bool,
+    images: Path | None = None,
 ) -> Pairs:
     """Pair label maps by case id.
 
@@ -73,24 +78,25 @@ def find_pairs(
     strange = sorted(predicted.keys() - known.keys())
     if strange:
         raise DataError(
-            f"{len(strange)} predictions in {predictions} have no reference in {references}: "
-            f"{_some(strange)}; give the folder of their labels, with files called alike"
+            f"{len(strange)} predictions in {shown(predictions)} have no reference in "
+            f"{shown(references)}: {_some(strange)}; give the folder of their labels, with files "
+            "called alike"
         )
     sections = {known[case].section for case in predicted}
     wanted = {case for case, c in known.items() if c.section in sections}
     missing = sorted(wanted - predicted.keys())
     if missing and not partial:
         raise DataError(
-            f"{len(missing)} references in {references} have no prediction in {predictions}: "
-            f"{_some(missing)}; predict them, or ask for a partial evaluation"
+            f"{len(missing)} references in {shown(references)} have no prediction in "
+            f"{shown(predictions)}: {_some(missing)}; predict them, or ask for a partial evaluation"
         )
-    images = {k: Path(v["image"]) for k, v in record.get("cases", {}).items() if "image" in v}
+    volumes = {c.id: c.sources[0] for c in find(images).cases} if images else {}
     pairs = []
     for case in sorted(predicted):
         reference = known[case]
         given = None if reference.image == reference.label else reference.image
         pairs.append(
-            Pair(case, predicted[case], reference.label or Path(), images.get(case, given))
+            Pair(case, predicted[case], reference.label or Path(), volumes.get(case, given))
         )
     return Pairs(
         tuple(pairs),
@@ -131,20 +137,23 @@ def read_pair(pair: Pair, labels: Iterable[int]) -> tuple[Volume, Volume]:
 
 
 def label_files(folder: Path, what: str) -> dict[str, Path]:
-    """Case id -> label map of the NIfTI files that lie directly in a folder.
+    """Case id, safe to show -> label map of the NIfTI files that lie directly in a folder.
 
     Raises:
         DataError: no such folder, or none in it.
     """
     if not folder.is_dir():
-        raise DataError(f"no such folder of {what}: {folder}")
+        raise DataError(f"no such folder of {what}: {shown(folder)}")
     files = [f for f in sorted(folder.iterdir()) if f.name.endswith((".nii", ".nii.gz"))]
-    found = {f.name.removesuffix(".gz").removesuffix(".nii"): f for f in files}
+    named = [CaseSource(f.name.removesuffix(".gz").removesuffix(".nii"), f) for f in files]
+    found = {case.id: case.image for case in safe_cases(named)[0]}
     if not files:
         hint = "; predict without --format dicom-seg to score" if any(folder.glob("*.dcm")) else ""
-        raise DataError(f"no NIfTI file in the folder of {what}, {folder}{hint}")
+        raise DataError(f"no NIfTI file in the folder of {what}, {shown(folder)}{hint}")
     if len(found) < len(files):
-        raise DataError(f"{folder} holds a case twice, as .nii and .nii.gz; keep one of the two")
+        raise DataError(
+            f"{shown(folder)} holds a case twice, as .nii and .nii.gz; keep one of the two"
+        )
     return found
 
 

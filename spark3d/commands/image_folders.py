@@ -10,6 +10,7 @@ from lightning_fabric import Fabric
 from spark3d.commands.runs import on_first_rank
 from spark3d.commands.stores import SHOWN, existing_folder
 from spark3d.data.images2d import ImageFolder, scan_images
+from spark3d.data.names import shown
 from spark3d.engine.checkpoint import write_atomically
 from spark3d.engine.logging import step_progress
 from spark3d.errors import DataError
@@ -80,7 +81,7 @@ def part_folder(data: Path, part: str) -> Path:
     folder = data / part
     if not folder.is_dir():
         raise DataError(
-            f"--data {data}: no folder {part}; classification reads train/CLASS/ and val/CLASS/ "
-            "of images"
+            f"--data {shown(data)}: no folder {part}; classification reads train/CLASS/ and "
+            "val/CLASS/ of images"
         )
     return folder

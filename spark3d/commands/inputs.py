@@ -13,6 +13,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from spark3d import build
+from spark3d.commands.command_line import without_paths
 from spark3d.commands.image_folders import scan_folder, scan_notes
 from spark3d.commands.stores import (
     check_crop,
@@ -26,6 +27,7 @@ from spark3d.commands.stores import (
 )
 from spark3d.config import FinetuneRecipe, PretrainRecipe, resolve, to_tree
 from spark3d.data.images2d import ImageCrops, ImageFolder
+from spark3d.data.names import shown
 from spark3d.data.plan import suggest_plan
 from spark3d.data.record import CaseRecord
 from spark3d.data.splits import named_split, split_names
@@ -52,6 +54,7 @@ class PretrainInputs:
         spacing_mm: of the store; None for images.
         notes: what was chosen from the data, and why; for the screen.
         images: the scanned folder; None for volumes.
+        patients: keyed hashes of the patients of the volumes, as far as they are known.
     """
 
     recipe: PretrainRecipe
@@ -61,6 +64,7 @@ class PretrainInputs:
     spacing_mm: tuple[float, ...] | None
     notes: tuple[str, ...]
     images: ImageFolder | None = None
+    patients: tuple[str, ...] = ()
 
     @property
     def layout(self) -> torch.memory_format:
@@ -117,8 +121,9 @@ class PretrainInputs:
             spacing_mm=self.spacing_mm,
             intensity={"normalise": "imagenet"} if images else to_tree(fixed(recipe.data.window)),
             objective=recipe.objective.name,
-            recipe=to_tree(recipe),
+            recipe=to_tree(without_paths(recipe)),
             content_hashes=self.hashes,
+            patient_hashes=self.patients,
             steps=recipe.optim.steps,
         )
 
@@ -163,13 +168,13 @@ def pretrain_inputs(
     store, why = open_store(data, out, recipe.data.spacing_mm, fabric)
     if exclude and not barred & {r.id for r in store.cases}:
         raise DataError(
-            f"--exclude {exclude} names no case of {data}, only {some(sorted(barred)) or 'nothing'}"
-            f"; ids there are like {store.cases[0].id}"
+            f"--exclude {exclude} names no case of {shown(data)}, only "
+            f"{some(sorted(barred)) or 'nothing'}; ids there are like {store.cases[0].id}"
         )
     records = [r for r in store.cases if r.section not in HELD_OUT and r.id not in barred]
     if not records:
         raise DataError(
-            f"{data}: every case is for validation or excluded, none is left to train on"
+            f"{shown(data)}: every case is for validation or excluded, none is left to train on"
         )
     recipe, notes = plan_pretraining(recipe, store, records, fabric.world_size)
     crops = volume_crops(store, records, recipe, labelled=False)
@@ -180,7 +185,11 @@ def pretrain_inputs(
         *padding_notes(crops),
     ]
     hashes = tuple(r.content_hash for r in records)
-    return PretrainInputs(recipe, crops, hashes, one_hash(hashes), store.spacing_mm, tuple(notes))
+    patients = tuple(sorted({r.patient for r in records if r.patient}))
+    identity = one_hash(hashes)
+    return PretrainInputs(
+        recipe, crops, hashes, identity, store.spacing_mm, tuple(notes), patients=patients
+    )
 
 
 def check_early(recipe: PretrainRecipe) -> None:

@@ -3,7 +3,6 @@
 import json
 import logging
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from spark3d.commands.command_line import recorded_command
 from spark3d.commands.label_jobs import Job, Study, read_result
 from spark3d.commands.runs import versions
 from spark3d.config import FinetuneRecipe, load_recipe
@@ -61,7 +61,7 @@ def write_tables(study: Study, arms: Sequence[str], plan: Sequence[Job], console
         "grid": "of the prepared store" if study.volumes is None else "of the reference files",
         "tolerance_mm": study.tolerance_mm,
         "validation": list(study.validation),
-        "command": shlex.join(["spark3d", *sys.argv[1:]]),
+        "command": shlex.join(recorded_command()),
         "versions": versions(),
     }
     text = "".join(json.dumps(line) + "\n" for line in lines)

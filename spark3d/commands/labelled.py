@@ -11,6 +11,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from spark3d import build
+from spark3d.commands.command_line import without_paths
 from spark3d.commands.inputs import stream
 from spark3d.commands.splitting import check_overlap, split_cases
 from spark3d.commands.stores import (
@@ -25,6 +26,7 @@ from spark3d.commands.stores import (
 from spark3d.config import FinetuneRecipe, resolve, to_tree
 from spark3d.data.checks import check_label_names
 from spark3d.data.loader import VolumeCrops
+from spark3d.data.names import shown
 from spark3d.data.plan import suggest_plan
 from spark3d.data.record import CaseRecord
 from spark3d.data.store import Store
@@ -118,7 +120,7 @@ class FinetuneInputs:
             encoder=seen.sha256 if seen else "",
             pretrained_on=seen.content_hashes if seen else (),
             trained_on=tuple(self.store.record(case).content_hash for case in self.train),
-            recipe=to_tree(self.recipe),
+            recipe=to_tree(without_paths(self.recipe)),
         )
 
 
@@ -138,7 +140,7 @@ def finetune_inputs(
     store, why = open_store(data, out, recipe.data.spacing_mm, fabric)
     labelled = [r for r in store.cases if r.has_label]
     if not labelled:
-        raise DataError(f"{data} has no labelled case; see `spark3d prepare --help`")
+        raise DataError(f"{shown(data)} has no labelled case; see `spark3d prepare --help`")
     parts = split_cases(recipe.split, store.cases)
     overlap = check_overlap(parts, weights[1] if weights else None, allow_overlap)
     train, validation = parts.train, parts.validation

@@ -25,6 +25,7 @@ from spark3d.data.case import PrepareSpec, prepare_case
 from spark3d.data.dicom_seg import check_dicom_seg, write_dicom_seg
 from spark3d.data.geometry import resample_onto
 from spark3d.data.io import stem, write_label
+from spark3d.data.names import shown
 from spark3d.data.nifti_header import Geometry
 from spark3d.data.privacy import safe_cases
 from spark3d.data.sources import CaseSource, find
@@ -118,7 +119,7 @@ def predict_command(
     segmenter.network.to(place)
     cases = cases_of(data, section, only)
     check_format(cases, format)
-    ledger = Ledger.open(out, model, segmenter, asdict(settings))
+    ledger = Ledger.open(out, segmenter, asdict(settings))
     todo = [case for case in cases if not ledger.is_done(case.id)]
     if len(todo) < len(cases):
         console.print(f"{len(cases) - len(todo)} of {len(cases)} cases are there already")
@@ -139,12 +140,14 @@ def predict_command(
             part = bar.add_task(case.id, total=None)
             begun = time.perf_counter()
             try:
-                how = segment(segmenter, case, ledger.file(case.id), plan, settings, on_window)
+                content, how = segment(
+                    segmenter, case, ledger.file(case.id), plan, settings, on_window
+                )
             except DataError as error:
                 failed[case.id] = str(error)
                 log.warning("left out %s", error)
             else:
-                ledger.add(case, how, time.perf_counter() - begun)
+                ledger.add(case, content, how, time.perf_counter() - begun)
             bar.remove_task(part)
             bar.advance(whole)
     if failed:
@@ -162,10 +165,13 @@ def segment(
     plan: WindowPlan,
     settings: PredictSettings,
     on_window: OnWindow | None = None,
-) -> str:
-    """Segment one case and write its label map to `file`; returns what was moved to its grid.
+) -> tuple[str, str]:
+    """Segment one case and write its label map to `file`.
 
     The volume is prepared just as a store is: oriented, resampled, cut to the body.
+
+    Returns:
+        Hash of its voxels, and what was moved to the source grid.
     """
     spec = PrepareSpec(
         spacing_mm=_three(segmenter.spacing_mm),
@@ -205,7 +211,7 @@ def segment(
     else:
         model = segmenter.card.sha256
         write_dicom_seg(file, labels, record.source, case.slices, segmenter.labels, model)
-    return how
+    return record.content_hash, how
 
 
 def check_format(cases: Sequence[CaseSource], format: Format) -> None:
@@ -281,14 +287,14 @@ def cases_of(
         known = sorted({c.section for c in cases})
         cases = [c for c in cases if c.section == section]
         if not cases:
-            raise DataError(f"{data} has no section {section!r}; it has {', '.join(known)}")
+            raise DataError(f"{shown(data)} has no section {section!r}; it has {', '.join(known)}")
     safe = safe_cases(cases)[0]
     if only is None:
         return safe
     if absent := sorted(set(only) - {c.id for c in safe}):
         raise DataError(
-            f"{data} has no volume of {len(absent)} cases to segment ({', '.join(absent[:5])}); "
-            "give the folder that was prepared"
+            f"{shown(data)} has no volume of {len(absent)} cases to segment "
+            f"({', '.join(absent[:5])}); give the folder that was prepared"
         )
     return [c for c in safe if c.id in only]
 

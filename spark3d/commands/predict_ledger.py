@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from spark3d.build import LoadedSegmenter
+from spark3d.commands.command_line import recorded_command
 from spark3d.commands.runs import versions
 from spark3d.data.files import write_atomic
 from spark3d.data.sources import CaseSource
@@ -29,7 +29,7 @@ class Ledger:
 
     @classmethod
     def open(
-        cls, folder: Path, model: Path, segmenter: LoadedSegmenter, settings: Mapping[str, Any]
+        cls, folder: Path, segmenter: LoadedSegmenter, settings: Mapping[str, Any]
     ) -> "Ledger":
         """Start a folder, or go on with one of the same model and settings.
 
@@ -39,8 +39,7 @@ class Ledger:
         """
         record = {
             "kind": "predict",
-            "command": shlex.join(["spark3d", *sys.argv[1:]]),
-            "model": str(model),
+            "command": shlex.join(recorded_command()),
             "model_sha256": segmenter.card.sha256,
             "settings": json.loads(json.dumps(settings)),
             "labels": {str(k): name for k, name in segmenter.labels.items()},
@@ -75,10 +74,10 @@ class Ledger:
         file, entry = self.file(case), self.record["cases"].get(case)
         return entry is not None and file.is_file() and file_sha256(file) == entry["sha256"]
 
-    def add(self, case: CaseSource, moved: str, seconds: float) -> None:
-        """Note a label map that has just been written."""
+    def add(self, case: CaseSource, content_hash: str, moved: str, seconds: float) -> None:
+        """Note a label map that has just been written; its image by its voxels, never its path."""
         self.record["cases"][case.id] = {
-            "image": str(case.image.resolve()),
+            "content_hash": content_hash,
             "sha256": file_sha256(self.file(case.id)),
             "moved": moved,
             "seconds": round(seconds, 2),

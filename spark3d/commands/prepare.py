@@ -14,6 +14,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from spark3d.data.names import shown
 from spark3d.data.nifti_header import Geometry
 from spark3d.data.prepare import PrepareReport, PrepareSpec, finalize, prepare
 from spark3d.data.sources import FoundCases, find
@@ -174,7 +175,8 @@ def show_found(found: FoundCases, data: Path, console: Console) -> None:
     parts = ", ".join(f"{n} {section}" for section, n in sorted(sections.items()))
     labelled = sum(case.label is not None for case in found.cases)
     console.print(
-        f"{data}: {len(found.cases)} cases ({found.layout} layout; {parts}; {labelled} labelled)"
+        f"{shown(data)}: {len(found.cases)} cases ({found.layout} layout; {parts}; "
+        f"{labelled} labelled)"
     )
     if found.passed_over:
         console.print(f"  passed over {len(found.passed_over)} files named as label maps")

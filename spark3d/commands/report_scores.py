@@ -1,6 +1,5 @@
 """Evaluations as the report shows them: tables, spreads, cases, and a verdict in words."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -146,14 +145,7 @@ def weak_organs(run: Evaluation) -> list[str]:
 def command_of(folder: Path) -> list[str]:
     """Command lines recorded by an evaluation and by the prediction it scored."""
     settings = load_evaluation(folder / FILE).settings
-    found = [str(settings["command"])] if "command" in settings else []
-    made = Path(str(settings.get("predictions", ""))) / "predict.json"
-    if made.is_file():
-        try:
-            found.insert(0, str(json.loads(made.read_text("utf-8"))["command"]))
-        except (ValueError, KeyError, TypeError):
-            return found
-    return found
+    return [str(settings[key]) for key in ("predict_command", "command") if settings.get(key)]
 
 
 def tone(difference: PairedDifference, metric: str) -> Tone:

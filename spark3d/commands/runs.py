@@ -5,7 +5,6 @@ import json
 import logging
 import platform
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -14,6 +13,7 @@ from typing import Any
 
 from lightning_fabric import Fabric
 
+from spark3d.commands.command_line import place_mark, recorded_command, without_paths
 from spark3d.config import Section, changed_keys, dump_yaml, load_recipe
 from spark3d.data.files import remove_temporaries
 from spark3d.engine.checkpoint import write_atomically
@@ -140,12 +140,12 @@ def _open(out: Path, kind: str, recipe: Section, inputs: dict[str, Any], source:
     if (out / "run.json").is_file():
         _same_run(out, recipe, inputs)
         return
-    write_atomically(out / "recipe.yaml", dump_yaml(recipe).encode())
+    write_atomically(out / "recipe.yaml", dump_yaml(without_paths(recipe)).encode())
     record = {
         "kind": kind,
-        "command": ["spark3d", *sys.argv[1:]],
+        "command": recorded_command(),
         "inputs": inputs,
-        "source": str(source.resolve()),
+        "source": place_mark(source.resolve()),
         "versions": versions(),
         "git": git_state(Path(__file__).parent),
         "machine": {"system": platform.system(), "processor": platform.machine()},
@@ -182,7 +182,7 @@ def _same_run(out: Path, recipe: Section, inputs: dict[str, Any]) -> None:
         raise ConfigError(
             f"--out {out} holds a recipe this version cannot read ({error}); choose a new folder"
         ) from None
-    different = changed_keys(old, recipe)
+    different = changed_keys(without_paths(old), without_paths(recipe))
     different += [k for k in sorted(inputs.keys() | known.keys()) if inputs.get(k) != known.get(k)]
     if different:
         raise ConfigError(

@@ -9,10 +9,12 @@ import numpy as np
 from lightning_fabric import Fabric
 
 from spark3d import build
+from spark3d.commands.command_line import place_mark
 from spark3d.commands.prepare import prepare_command
 from spark3d.commands.runs import on_first_rank, read_run_record
 from spark3d.config import DataSection, FinetuneRecipe, PretrainRecipe
 from spark3d.data.loader import VolumeCrops
+from spark3d.data.names import shown
 from spark3d.data.plan import Plan
 from spark3d.data.record import CaseRecord
 from spark3d.data.store import Store
@@ -42,7 +44,7 @@ def existing_folder(path: Path, what: str) -> Path:
     """
     if not path.is_dir():
         found = "is a file" if path.exists() else "no such folder"
-        raise DataError(f"--data {path}: {found}; {what}")
+        raise DataError(f"--data {shown(path)}: {found}; {what}")
     return path
 
 
@@ -87,11 +89,11 @@ def refuse_other_source(out: Path, data: Path) -> None:
     Raises:
         ConfigError: the run in `out` did not begin with the volumes of `data`.
     """
-    source = read_run_record(out).get("source")
-    if source != str(data.resolve()):
+    mark = str(read_run_record(out).get("source", ""))
+    if not mark or mark != place_mark(data.resolve(), mark):
         raise ConfigError(
-            f"--out {out} is a run on --data {source or 'of another kind'}, not {data}; choose a "
-            "new folder, or give the same data to resume"
+            f"--out {out} is a run on other data than --data {shown(data)}; choose a new folder, "
+            "or give the same data to resume"
         )
 
 

@@ -14,6 +14,11 @@ def is_safe_name(name: str) -> bool:
     return bool(STRICT_ID.fullmatch(name)) and not name.startswith(".") and not UID.search(name)
 
 
+def safe_name(name: str, otherwise: str) -> str:
+    """The name if it may be shown."""
+    return name if is_safe_name(name) else otherwise
+
+
 def shown(place: Path | str) -> str:
     """A path for messages: parts that are not safe become `*`, with their suffix if it is known.
 

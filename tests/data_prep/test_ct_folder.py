@@ -14,6 +14,7 @@ from test_msd import SIZE, label_like
 from data_prep.ct_folder import main
 from spark3d.commands.prepare import prepare_command
 from spark3d.data.case_list import read_case_list
+from spark3d.data.folders import place
 from spark3d.data.sources import find
 from spark3d.data.store import Store
 from spark3d.errors import DataError
@@ -235,3 +236,18 @@ def test_real_scans(real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "dicom: 2 cases (plain layout; 2 DICOM series, 0 files)" in said
     assert sorted(len(case.slices) for case in found.cases)[-2:] == [4, 20]
     assert sum(case.section == "validation" for case in found.cases) == 16
+
+
+@pytest.mark.realdata
+def test_a_plain_folder_of_real_scans_becomes_a_store(
+    real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four head-and-neck CTs of OpenKBP as bare files, without the description of the task."""
+    for source in sorted((real_data / "openkbp" / "imagesTr").glob("*.nii.gz"))[:4]:
+        place(source, tmp_path / "scans" / source.name)
+    script(main, capsys, tmp_path / "scans", "--out", tmp_path / "cases.json")
+    prepare_command(tmp_path / "cases.json", tmp_path / "store", workers=0)
+    store = Store.open(tmp_path / "store")
+    assert len(store) == 4
+    assert {record.modality for record in store.cases} == {"CT"}
+    assert len({record.content_hash for record in store.cases}) == 4

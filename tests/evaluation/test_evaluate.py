@@ -10,7 +10,9 @@ from known_scans import ball, odd_affine, write_nifti
 from PIL import Image
 from rich.console import Console
 
+from spark3d.commands import evaluate as evaluating
 from spark3d.commands.evaluate import evaluate_command, ranks
+from spark3d.commands.evaluate_pairs import find_pairs
 from spark3d.commands.predict import predict_command
 from spark3d.errors import ConfigError, DataError
 from spark3d.evaluation.results import CaseScores, Evaluation, load_evaluation
@@ -192,3 +194,36 @@ def test_every_organ_can_have_a_tolerance_of_its_own(scans, predictions, tmp_pat
             evaluate_command(
                 predictions, scans, tmp_path / "c", tolerance_mm=wrong, console=silent()
             )
+
+
+def test_volumes_for_pictures_are_named_and_no_path_is_written(
+    scans, predictions, tmp_path, monkeypatch
+):
+    """References of label maps alone have no volumes; `images` tells them, by id."""
+    labels = tmp_path / "labels"
+    for n in range(3):
+        write_nifti(labels / f"case{n}.nii.gz", ball(n)[1], odd_affine())
+        write_nifti(tmp_path / "volumes" / f"case{n}.nii.gz", ball(n)[0], odd_affine())
+    monkeypatch.setattr("sys.argv", ["spark3d", "evaluate", "--references", str(labels)])
+    seen = []
+    monkeypatch.setattr(evaluating, "overlay", lambda image, *_: seen.append(image is not None))
+    for images in (None, tmp_path / "volumes"):
+        evaluate_command(
+            predictions, labels, tmp_path / "s", images=images, console=Console(quiet=True)
+        )
+    assert seen == [False] * 3 + [True] * 3
+    written = (tmp_path / "s" / "evaluation.json").read_text()
+    assert str(tmp_path) not in written
+    assert "evaluate --references REFERENCES" in written
+
+
+def test_names_of_files_that_may_be_names_of_people_become_hashes(tmp_path):
+    for folder in ("predictions", "labels"):
+        write_nifti(tmp_path / folder / "Doe, Jane.nii.gz", ball()[1], odd_affine())
+    pairs = find_pairs(tmp_path / "predictions", tmp_path / "labels", None, False)
+    assert [pair.id.startswith("case-") for pair in pairs.cases] == [True]
+    (tmp_path / "labels" / "Doe, Jane.nii.gz").rename(tmp_path / "labels" / "Roe, Jim.nii.gz")
+    with pytest.raises(DataError, match="predictions in") as caught:
+        find_pairs(tmp_path / "predictions", tmp_path / "labels", None, False)
+    assert "Jane" not in str(caught.value)
+    assert "Jim" not in str(caught.value)

@@ -17,7 +17,7 @@ from spark3d.data.checks import check_cases, fault, placed
 from spark3d.data.files import remove_temporaries, write_atomic
 from spark3d.data.grid import spacing_of
 from spark3d.data.io import read_grid
-from spark3d.data.job import Job, is_current
+from spark3d.data.job import Job, is_current, reason_of
 from spark3d.data.pool import run_jobs
 from spark3d.data.privacy import safe_cases
 from spark3d.data.record import read_head, read_record, sealed, unsealed
@@ -180,16 +180,16 @@ def _with_spacing(spec: PrepareSpec, cases: Sequence[CaseSource], out: Path) -> 
     if (out / "store.json").exists():
         found = read_head(out)["settings"]
         return replace(spec, spacing_mm=tuple(found["spacing_mm"]))
-    spacings = []
+    spacings, reasons = [], []
     for case in cases:
         try:
             spacings.append(spacing_of(read_grid(case.sources[0], spec.geometry).ras()[1]))
-        except DataError:
-            continue
+        except DataError as error:
+            reasons.append(reason_of(error, case.id))
     if not spacings:
         raise fault(
-            "E-NO-CASES", out.name, "no volume whose header can be read", "at least one",
-            "run again with --spacing to see what is wrong with each",
+            "E-NO-CASES", out.name, f"no volume whose header can be read, as in {reasons[0]}",
+            "at least one", "'spark3d doctor' tells what is wrong with each",
         )  # fmt: skip
     x, y, z = (round(float(s), 4) for s in np.median(np.array(spacings), axis=0))
     return replace(spec, spacing_mm=(x, y, z))

@@ -203,7 +203,6 @@ def test_real_series_become_a_store(real_data, tmp_path, capfd):
     assert record.source.ras()[0] == label.ras()[0]
     np.testing.assert_allclose(record.source.ras()[1], label.ras()[1], atol=1e-3)
     assert record.modality == "CT"
-    assert record.patient
     assert all(b"1.3.12.2.1107" not in data for data in snapshot(tmp_path / "s").values())
 
 

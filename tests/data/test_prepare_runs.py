@@ -15,7 +15,7 @@ from spark3d.data.job import Job
 from spark3d.data.pool import run_jobs
 from spark3d.data.prepare import PrepareSpec, prepare
 from spark3d.data.sources import find_cases
-from spark3d.errors import EnvironmentProblem
+from spark3d.errors import DataError, EnvironmentProblem
 
 SPEC = PrepareSpec(spacing_mm=(2.5, 2.0, 3.0))
 

@@ -148,6 +148,7 @@ def test_nothing_of_a_patient_comes_out(planted, labelled, tmp_path, capfd, capl
     """Every command: every byte of every output, every name of a file, every line said."""
     caplog.set_level("INFO")
     out = tmp_path / "out"
+    out.mkdir()
     folds = planted.parent / "folds.json"
     words = ("--data", out / "task", "--out", out / "other")
     steps: tuple[tuple[str | Path, ...], ...] = (
@@ -155,7 +156,8 @@ def test_nothing_of_a_patient_comes_out(planted, labelled, tmp_path, capfd, capl
         ("prepare", "--data", planted, "--out", out / "store", "--workers", "0"),
         ("pretrain", *TINY, "--data", out / "store", "--out", out / "pre"),
         ("prepare", "--data", labelled, "--out", out / "task", "--workers", "0"),
-        ("finetune", *NETWORK, "--data", labelled, "--out", out / "fine", "--encoder", out / "pre"),
+        ("finetune", *NETWORK, "--data", out / "task", "--out", out / "fine",
+         "--encoder", out / "pre"),
         ("predict", "--data", labelled, "--out", out / "predictions", "--model", out / "fine",
          "--section", "validation"),
         ("evaluate", "--predictions", out / "predictions", "--references", labelled,

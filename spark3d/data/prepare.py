@@ -4,7 +4,7 @@
 Every case that goes in comes out as written, skipped (already there) or failed with a reason.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,8 @@ def prepare(
                 progress(report.total, len(mine), job.case.id)
         report.duplicates = _duplicates(out, report.kept)
         refuse_too_many(report, mine, max_bad, out)
+        if shard is None and not report.kept:
+            raise DataError(_no_case(out, report.failed))
         outcome = _outcome(report, mine)
         if shard is None:
             _end(writer, outcome)
@@ -153,6 +155,8 @@ def finalize(out: Path | str) -> int:
         )  # fmt: skip
     parts = [unsealed(path, "the outcome of a share") for path in paths]
     kept = sorted(case for part in parts for case in part["kept"])
+    if not kept:
+        raise DataError(_no_case(out, {k: v for part in parts for k, v in part["failed"].items()}))
     outcome = {
         "total": sum(part["total"] for part in parts),
         "kept": kept,
@@ -233,6 +237,15 @@ def refuse_too_many(
         f"E-TOO-MANY-BAD: {out}: found {len(report.failed)} unusable cases of {len(cases)} "
         f"({bad_labelled} of them labelled); expected at most {expected}; correct them, or "
         f"`spark3d prepare --max-bad {len(report.failed)}` goes on without them{reasons}"
+    )
+
+
+def _no_case(out: Path, failed: Mapping[str, str]) -> str:
+    """What is said where no case can be used, however many bad ones are accepted."""
+    reasons = "".join(f"\n  {reason}" for reason in failed.values())
+    return (
+        f"E-NO-CASES: {out}: found {len(failed)} unusable cases and no other; expected at least "
+        f"one that can be used; correct them{reasons}"
     )
 
 

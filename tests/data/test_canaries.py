@@ -197,7 +197,7 @@ def test_nor_where_every_file_is_damaged(planted, tmp_path, capfd):
     for words in (
         ("doctor", root, "--out", out / "doctor.json", "--workers", "0"),
         ("prepare", "--data", root, "--out", out / "store", "--workers", "0", "--max-bad", "9"),
-        ("prepare", "--data", root, "--out", out / "none", "--workers", "0"),
+        ("prepare", "--data", root, "--out", out / "none", "--workers", "0", "--spacing", "2"),
         ("pretrain", *TINY, "--data", root, "--out", out / "run"),
     ):
         out.mkdir(exist_ok=True)
@@ -206,5 +206,4 @@ def test_nor_where_every_file_is_damaged(planted, tmp_path, capfd):
         assert "E-TRUNCATED" in said
         assert clean(said.encode()), said
     assert dirty(out) == []
-    assert not (out / "none").exists(), "nothing is left of a store without a case"
-    assert not (out / "run").exists()
+    assert [p.name for p in out.iterdir()] == ["doctor.json"], "no store without a case, no run"

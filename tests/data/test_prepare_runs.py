@@ -151,6 +151,9 @@ def test_nothing_is_left_of_a_new_store_without_a_case(source, tmp_path):
             prepare(find_cases(source), out, SPEC)
     assert not (tmp_path / "s").exists()
     assert list((tmp_path / "mine").iterdir()) == [], "the user's own folder stays"
+    with pytest.raises(DataError, match=r"E-NO-CASES: .* found 6 unusable cases and no other"):
+        prepare(find_cases(source), tmp_path / "s", SPEC, max_bad=6)
+    assert not (tmp_path / "s").exists()
     for path in list(whole)[:2]:
         path.write_bytes(whole[path])
     other = PrepareSpec(spacing_mm=(3, 3, 3))

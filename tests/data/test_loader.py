@@ -261,9 +261,10 @@ def test_no_case_or_a_double_one_is_refused(store, ids):
         VolumeCrops(store, ids, (16, 16, 16), WIDE, 0)
 
 
-def test_a_crop_of_other_dimension_is_refused(store):
+@pytest.mark.parametrize("crop", [(16,), (16, 16, 16, 16)])
+def test_a_crop_of_other_dimension_is_refused(store, crop):
     with pytest.raises(ConfigError, match="number of axes"):
-        VolumeCrops(store, ["case0"], (16, 16), WIDE, 0)
+        VolumeCrops(store, ["case0"], crop, WIDE, 0)
 
 
 def test_stopping_early_leaves_no_worker_behind(store):

@@ -208,7 +208,9 @@ def test_a_plan_that_makes_no_sense_is_refused(options, word):
 
 def test_wrong_networks_and_volumes_are_refused():
     with pytest.raises(ConfigError, match="does not fit a window"):
-        predict_labels(Threshold(), torch.zeros(1, 4, 4, 4), WindowPlan((4, 4)))
+        predict_labels(Threshold(), torch.zeros(1, 4, 4), WindowPlan((4, 4, 4)))
+    with pytest.raises(ConfigError, match="does not fit a window"):  # slices are one axis fewer
+        predict_labels(Threshold(), torch.zeros(1, 4, 4, 4), WindowPlan((4,)))
     with pytest.raises(TypeError, match="returned"):
         predict_labels(nn.MaxPool2d(2), torch.zeros(1, 4, 4), WindowPlan((4, 4)))
     with pytest.raises(ConfigError, match="not finite"):

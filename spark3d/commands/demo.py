@@ -24,7 +24,7 @@ from spark3d.evaluation.tables import compare, rich_table
 log = logging.getLogger(__name__)
 
 TRAINING, TESTING, UNLABELLED = 4, 8, 24
-FLOAT32_STEPS = 300
+FLOAT32_STEPS = 270
 ARMS = ("scratch", "pre-trained")
 
 
@@ -33,7 +33,7 @@ def demo_command(out: Path, steps: int | None = None, unlabelled: int = UNLABELL
 
     Args:
         out: folder for data, runs, scores and the report.
-        steps: of each of the three trainings; None takes those of the recipes, or three quarters
+        steps: of each of the three trainings; None takes those of the recipes, or two thirds
             of them on a CPU without bfloat16, to stay within ten minutes. Few steps show that
             everything runs, not what pre-training brings.
         unlabelled: phantoms to pre-train on.

@@ -19,12 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from transfer_jobs import (
     ONE_CORE,
     PRETRAIN_SEEDS,
-    RATES,
     Job,
     arguments,
     best_rate,
     pretrain,
     start_job,
+    tuning_jobs,
 )
 
 LIGHT = "objective.decoder_width="
@@ -78,11 +78,11 @@ def steps_of(name: str, pace: dict[str, float], recipe: str) -> int:
 def jobs_of(stage: str, variants: list[str], options: Namespace) -> list[Job]:
     """The fine-tunings of one stage."""
     if stage == "tune":
-        return [Job(stage, arm, 8, 100, 0, lr) for lr in RATES for arm in variants]
-    best = {arm: options.rate or best_rate(options.work, arm) for arm in variants}
+        return tuning_jobs(dict.fromkeys(variants, PRETRAIN_SEEDS[0]), options.steps)
+    best = {arm: best_rate(arm, options) for arm in variants}
     return [
-        Job(stage, arm, 8, subset, PRETRAIN_SEEDS[subset % 2], best[arm])
-        for subset in range(5)
+        Job(stage, arm, 8, subset, PRETRAIN_SEEDS[subset % 2], best[arm], options.steps)
+        for subset in range(options.subsets)
         for arm in variants
     ]
 
@@ -91,6 +91,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--study", required=True, choices=tuple(VARIANTS))
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--subsets", type=int, default=5, help="fine-tunings a variant")
     parser.add_argument("--variants", nargs="+", help="some of the study's variants; default all")
     options = parser.parse_args()
     options.data, options.work = options.data.resolve(), options.work.resolve()

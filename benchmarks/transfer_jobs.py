@@ -11,7 +11,7 @@ from pathlib import Path
 
 RATES = (1e-3, 3e-3, 6e-3)
 PRETRAIN_SEEDS = (0, 1)
-STEPS = 800
+TUNING_SUBSETS = (100, 101)
 ONE_CORE = ("compute.threads=1", "compute.accelerator=cpu")
 
 
@@ -25,7 +25,7 @@ class Job:
     subset: int
     pretrain_seed: int | None
     lr: float
-    steps: int = STEPS
+    steps: int
 
     @property
     def key(self) -> str:
@@ -248,12 +248,32 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
         "--recipe", default="openkbp_segresnet", help="of pre-training and of fine-tuning"
     )
     parser.add_argument("--precision", default="32-true", choices=("32-true", "bf16-mixed"))
+    parser.add_argument("--steps", type=int, default=800, help="of a fine-tuning")
     parser.add_argument("--rate", type=float, help="for all arms; default each arm's best, tuned")
     parser.add_argument("--jobs", type=int, default=2, help="at a time, one thread each")
     return parser
 
 
-def best_rate(work: Path, arm: str) -> float:
-    """An arm's best learning rate on the tuning cases."""
-    mine = [r for r in results(work) if r["stage"] == "tune" and r["arm"] == arm]
-    return max(mine, key=mean_dice)["lr"] if mine else RATES[1]
+def tuning_jobs(arms: dict[str, int | None], steps: int) -> list[Job]:
+    """Every arm, named with its pre-training seed, at every rate on every tuning subset."""
+    return [
+        Job("tune", arm, 8, subset, seed, lr, steps)
+        for subset in TUNING_SUBSETS
+        for lr in RATES
+        for arm, seed in arms.items()
+    ]
+
+
+def best_rate(arm: str, options: argparse.Namespace) -> float:
+    """`--rate`, or an arm's best learning rate by the mean over the tuning subsets."""
+    if options.rate:
+        return options.rate
+    mine = [r for r in results(options.work) if r["stage"] == "tune" and r["arm"] == arm]
+    scores: dict[float, list[float]] = {}
+    for result in mine:
+        if result["steps"] == options.steps and result["subset"] in TUNING_SUBSETS:
+            scores.setdefault(result["lr"], []).append(mean_dice(result))
+    if any(len(scores.get(lr, ())) < len(TUNING_SUBSETS) for lr in RATES):
+        missing = f"tuning of {arm} at {options.steps} steps is not finished"
+        raise SystemExit(f"{missing}: run --stages tune, or name a --rate")
+    return max(RATES, key=lambda lr: sum(scores[lr]))

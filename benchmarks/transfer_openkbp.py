@@ -14,8 +14,6 @@ from pathlib import Path
 
 from transfer_jobs import (
     PRETRAIN_SEEDS,
-    RATES,
-    STEPS,
     Job,
     arguments,
     best_rate,
@@ -24,6 +22,7 @@ from transfer_jobs import (
     run_job,
     spacing_of,
     start_job,
+    tuning_jobs,
 )
 
 STAGES = (
@@ -31,44 +30,52 @@ STAGES = (
     "pretrain",
     "tune",
     "pairs8",
-    "total",
     "gate",
     "shuffled",
     "pairs20",
     "pairsall",
+    "total",
 )
 
 
-def pairs(stage: str, labels: int | None, subsets: int, best: dict[str, float]) -> list[Job]:
+LABELS = {"pairs8": 8, "pairs20": 20, "pairsall": None}
+SUBSETS = {"pairs8": 5, "pairs20": 3, "pairsall": 2}
+
+
+def pairs(stage: str, subsets: int, best: dict[str, float], steps: int) -> list[Job]:
     """Scratch and pre-trained on the same subset, with the same draws and the same initial head.
 
     The pre-training seed alternates from subset to subset.
     """
+    labels = LABELS[stage]
     jobs = []
     for subset in range(subsets):
-        jobs.append(Job(stage, "scratch", labels, subset, None, best["scratch"]))
-        jobs.append(Job(stage, "pre", labels, subset, PRETRAIN_SEEDS[subset % 2], best["pre"]))
+        seed = PRETRAIN_SEEDS[subset % 2]
+        jobs.append(Job(stage, "scratch", labels, subset, None, best["scratch"], steps))
+        jobs.append(Job(stage, "pre", labels, subset, seed, best["pre"], steps))
     return jobs
 
 
-def jobs_of(stage: str, best: dict[str, float], total_steps: int) -> list[Job]:
+def jobs_of(stage: str, options: argparse.Namespace) -> list[Job]:
     """The fine-tunings of one stage."""
+    steps = options.steps
     if stage == "tune":  # both arms, same grid, training cases only; scored on other training cases
-        arms = (("scratch", None), ("pre", 0))
-        return [Job(stage, arm, 8, 100, seed, lr) for lr in RATES for arm, seed in arms]
+        return tuning_jobs({"scratch": None, "pre": PRETRAIN_SEEDS[0]}, steps)
+    best = {arm: best_rate(arm, options) for arm in ("scratch", "pre")}
     if stage == "gate":  # is scratch trained enough? twice the steps must gain less than .03
-        return [Job(stage, "scratch", 8, s, None, best["scratch"], 2 * STEPS) for s in range(2)]
+        return [Job(stage, "scratch", 8, s, None, best["scratch"], 2 * steps) for s in range(2)]
     if stage == "shuffled":  # the pre-trained numbers, permuted within each tensor
-        return [Job(stage, "shuffled", 8, s, PRETRAIN_SEEDS[s], best["pre"]) for s in range(2)]
+        return [Job(stage, "shuffled", 8, s, PRETRAIN_SEEDS[s], best["pre"], steps) for s in (0, 1)]
     if stage == "total":  # scratch, given the compute of pre-training too
-        return [Job(stage, "scratch", 8, 0, None, best["scratch"], total_steps)]
-    labels, subsets = {"pairs8": (8, 5), "pairs20": (20, 3), "pairsall": (None, 2)}[stage]
-    return pairs(stage, labels, subsets, best)
+        total = total_steps(options.work, steps)
+        return [Job(stage, "scratch", 8, 0, None, best["scratch"], total)]
+    return pairs(stage, options.subsets or SUBSETS[stage], best, steps)
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--subsets", type=int, help="pairs of each count; default 5, 3 and 2")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.data, options.work = options.data.resolve(), options.work.resolve()
@@ -87,31 +94,24 @@ def main() -> None:
         if "pretrain" in options.stages:
             runs = [(work, seed, options.recipe, options.precision) for seed in PRETRAIN_SEEDS]
             list(pool.map(lambda run: pretrain(*run), runs))
-        if "tune" in options.stages:
-            jobs = jobs_of("tune", {}, 0)
+        for stages in (["tune"], [s for s in options.stages if s in STAGES[3:]]):
+            jobs = [job for s in stages if s in options.stages for job in jobs_of(s, options)]
             list(pool.map(lambda job: start_job(job, options), jobs))
-        best = {arm: options.rate or best_rate(work, arm) for arm in ("scratch", "pre")}
-        steps = total_steps(work)
-        rest = [s for s in options.stages if s not in ("prepare", "pretrain", "tune")]
-        jobs = [job for stage in rest for job in jobs_of(stage, best, steps)]
-        list(pool.map(lambda job: start_job(job, options), jobs))
 
 
-def total_steps(work: Path) -> int:
+def total_steps(work: Path, steps: int) -> int:
     """Fine-tuning steps that take as long as pre-training and fine-tuning together."""
     import numpy as np
 
     pre = work / "pretrain-seed0" / "metrics.jsonl"
     fine = sorted((work / "runs").glob("tune-scratch-*/metrics.jsonl"))
-    if not pre.is_file() or not fine:
-        return 3 * STEPS
 
-    def seconds(path: Path) -> float:
+    def seconds(path: Path) -> list[float]:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return float(np.median([line["seconds"] for line in lines if line["kind"] == "train"]))
+        return [line["seconds"] for line in lines if line["kind"] == "train"]
 
-    steps = sum(1 for _ in pre.open())
-    return STEPS + int(steps * seconds(pre) / seconds(fine[0]) / 100) * 100
+    spent = len(seconds(pre)) * np.median(seconds(pre))
+    return steps + int(spent / np.median(seconds(fine[0])) / 100) * 100
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def run_job(job: Job, data: Path, work: Path, recipe: str, precision: str) -> di
         f"optim.precision={precision}",
         *ONE_CORE,
         "compute.checkpoint_every=200",
-        f"log.validate_every={job.steps // 2}",
+        f"log.validate_every={job.steps // 4}",
         "log.tensorboard=false",
     ]
     lists = split_lists(work, job)

@@ -26,12 +26,29 @@ def score(result: Result) -> float:
     return float(np.mean(list(organ_means(result).values())))
 
 
-def pairs_of(results: list[Result], stage: str) -> list[tuple[Result, Result]]:
-    """(scratch, pre-trained) on the same subset."""
+def pairs_of(
+    results: list[Result], stage: str, first: str = "scratch", second: str = "pre"
+) -> list[tuple[Result, Result]]:
+    """Two arms of a stage on the same subsets."""
     mine = [r for r in results if r["stage"] == stage]
-    scratch = {r["subset"]: r for r in mine if r["arm"] == "scratch"}
-    pre = {r["subset"]: r for r in mine if r["arm"] == "pre"}
-    return [(scratch[s], pre[s]) for s in sorted(scratch.keys() & pre.keys())]
+    a, b = ({r["subset"]: r for r in mine if r["arm"] == arm} for arm in (first, second))
+    return [(a[s], b[s]) for s in sorted(a.keys() & b.keys())]
+
+
+def paired_summary(pairs: list[tuple[Result, Result]]) -> str:
+    """Paired mean, its 95 % t-interval, how many are positive, and the sign-flip test."""
+    first, second = ({str(k): score(pair[i]) for k, pair in enumerate(pairs)} for i in (0, 1))
+    d = paired_difference(first, second, np.random.default_rng(0))
+    low, high = d.interval.low, d.interval.high
+    return (
+        f"paired difference {d.mean:+.3f}, 95 % CI {low:+.3f} to {high:+.3f}, "
+        f"{d.positive} of {d.pairs} pairs positive, permutation p {d.permutation_p:.3f}"
+    )
+
+
+def steps_to_reach(result: Result, dice: float) -> int | None:
+    """First validated step with at least `dice`, on the store's grid; None if it never has."""
+    return next((step for step, found in result["curve"] if found >= dice), None)
 
 
 def print_pairs(results: list[Result], stage: str) -> None:
@@ -39,28 +56,18 @@ def print_pairs(results: list[Result], stage: str) -> None:
     pairs = pairs_of(results, stage)
     if not pairs:
         return
-    print(f"\n### {stage}\n\n| subset | pre-training seed | scratch | pre-trained | difference |")
-    print("|---|---|---|---|---|")
+    head = ("subset", "pre-training seed", "scratch", "pre-trained", "difference")
+    head += ("pre-trained has the end of scratch", "scratch has that of pre-trained")
+    print(f"\n### {stage}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for a, b in pairs:
-        gain = score(b) - score(a)
-        row = (
-            a["subset"],
-            b["pretrain_seed"],
-            f"{score(a):.3f}",
-            f"{score(b):.3f}",
-            f"{gain:+.3f}",
-        )
-        print("| " + " | ".join(str(cell) for cell in row) + " |")
+        reached = (steps_to_reach(b, a["curve"][-1][1]), steps_to_reach(a, b["curve"][-1][1]))
+        scores = (f"{score(a):.3f}", f"{score(b):.3f}", f"{score(b) - score(a):+.3f}")
+        by = ("never" if step is None else f"by step {step}" for step in reached)
+        print(f"| {a['subset']} | {b['pretrain_seed']} | {' | '.join((*scores, *by))} |")
     a, b = (np.array([score(pair[i]) for pair in pairs]) for i in (0, 1))
     line = f"\nMean {a.mean():.3f} (SD {a.std(ddof=1):.3f})" if len(a) > 1 else f"\n{a[0]:.3f}"
     line += f" -> {b.mean():.3f}" + (f" (SD {b.std(ddof=1):.3f})" if len(b) > 1 else "")
-    if len(pairs) > 1:
-        first, second = ({str(i): float(v) for i, v in enumerate(arm)} for arm in (a, b))
-        d = paired_difference(first, second, np.random.default_rng(0))
-        low, high = d.interval.low, d.interval.high
-        line += f"; paired difference {d.mean:+.3f}, 95 % CI {low:+.3f} to {high:+.3f}"
-        line += f", {d.positive} of {d.pairs} pairs positive, permutation p {d.permutation_p:.3f}"
-    print(line)
+    print(line + (f"; {paired_summary(pairs)}" if len(pairs) > 1 else ""))
     print(
         "\n| organ | scratch | pre-trained | difference | pairs positive |\n|---|---|---|---|---|"
     )

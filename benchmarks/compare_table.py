@@ -1,0 +1,95 @@
+"""The tables and the loss curves of a study that compare_openkbp.py ran.
+
+python benchmarks/compare_table.py work/ --arms scratch pre localmim a2mim --figure objectives.svg
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from transfer_jobs import PRETRAIN_SEEDS, results
+from transfer_table import paired_summary, pairs_of, score
+
+STAGE = "pairs8"
+WINDOW = 50
+"""Steps of the running mean of a loss."""
+
+
+def run_of(work: Path, arm: str, seed: int) -> Path:
+    """Folder of an arm's pre-training."""
+    return work / f"{'pretrain' if arm == 'pre' else arm}-seed{seed}"
+
+
+def losses(run: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Loss and seconds of every step of a pre-training."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    steps = [(line["loss"], line["seconds"]) for line in lines if line["kind"] == "train"]
+    return np.array([loss for loss, _ in steps]), np.array([took for _, took in steps])
+
+
+def print_pretraining(work: Path, arms: list[str]) -> None:
+    """Steps, loss at both ends and seconds a step of every pre-training."""
+    print("| arm | seed | steps | loss, first 50 steps | last 50 | median s a step |")
+    print("|---|---|---|---|---|---|")
+    for arm in arms:
+        for seed in PRETRAIN_SEEDS:
+            loss, took = losses(run_of(work, arm, seed))
+            ends = f"{loss[:WINDOW].mean():.3f} | {loss[-WINDOW:].mean():.3f}"
+            print(f"| {arm} | {seed} | {len(loss)} | {ends} | {np.median(took):.2f} |")
+
+
+def print_scores(work: Path, arms: list[str]) -> None:
+    """A row per label subset, then every arm against every earlier one, paired."""
+    lines = results(work)
+    found = {
+        arm: {r["subset"]: score(r) for r in lines if r["stage"] == STAGE and r["arm"] == arm}
+        for arm in arms
+    }
+    subsets = sorted(set.intersection(*(set(scores) for scores in found.values())))
+    print(f"\n| subset | {' | '.join(arms)} |\n|---|{'---|' * len(arms)}")
+    for subset in subsets:
+        print(f"| {subset} | {' | '.join(f'{found[arm][subset]:.3f}' for arm in arms)} |")
+    means = (f"{np.mean([found[arm][subset] for subset in subsets]):.3f}" for arm in arms)
+    print(f"| mean | {' | '.join(means)} |\n")
+    for k, second in enumerate(arms):
+        for first in arms[:k]:
+            pairs = pairs_of(lines, STAGE, first, second)
+            if len(pairs) > 1:
+                print(f"- {second} against {first}: {paired_summary(pairs)}")
+
+
+def draw_losses(work: Path, arms: list[str], path: Path) -> None:
+    """A panel per arm, a line per seed: running mean of the loss over steps."""
+    figure = Figure((3.6 * len(arms), 3.0), layout="constrained")
+    for ax, arm in zip(figure.subplots(1, len(arms), squeeze=False)[0], arms, strict=True):
+        for seed in PRETRAIN_SEEDS:
+            loss = losses(run_of(work, arm, seed))[0]
+            smooth = np.convolve(loss, np.ones(WINDOW) / WINDOW, mode="valid")
+            ax.plot(np.arange(WINDOW, len(loss) + 1), smooth, lw=1.4, label=f"seed {seed}")
+        ax.set_title(arm, loc="left", fontsize=10)
+        ax.set_xlabel("step", fontsize=9)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(lw=0.4)
+        ax.legend(frameon=False, fontsize=9)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--arms", nargs="+", required=True)
+    parser.add_argument("--figure", type=Path)
+    options = parser.parse_args()
+    trained = [arm for arm in options.arms if arm != "scratch"]
+    print_pretraining(options.work, trained)
+    print_scores(options.work, options.arms)
+    if options.figure:
+        draw_losses(options.work, trained, options.figure)
+
+
+if __name__ == "__main__":
+    main()

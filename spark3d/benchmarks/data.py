@@ -8,7 +8,6 @@ runs one of them, in a process of its own, and prints one line of JSON.
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,12 +33,12 @@ from spark3d.benchmarks.data_volume import (
     writers,
 )
 from spark3d.benchmarks.page_cache import bytes_from_disk, evict
+from spark3d.benchmarks.training import measure_pretraining
 from spark3d.data.store import Store
 from spark3d.errors import EnvironmentProblem
 
 STORE = "store"
 HELD = 0.01  # share of a file that may stay in memory before a read counts as warm
-SKIPPED_STEPS = 3  # the first steps of a training wait for the workers to start
 
 
 @dataclass(frozen=True)
@@ -202,29 +201,14 @@ def _forget_peak() -> int:
 def step(job: DataJob) -> dict[str, Any]:
     """Share of a real pre-training that waits for data, with `what` data workers."""
     volumes = ensure_volumes(Path(job.folder), job.spec)
-    out = Path(tempfile.mkdtemp(dir=job.folder))
     words = [
-        f"data.crop={job.crop}", "optim.batch=2", f"optim.steps={job.steps + SKIPPED_STEPS}",
-        "optim.warmup=1", "log.every=1", "log.tensorboard=false", "log.panels_every=100000",
-        "compute.checkpoint_every=100000", f"compute.workers={job.what}",
-        "data.window={mode: unit, low: -175, high: 250}",
+        "spark_segresnet_3d", f"data.crop={job.crop}", "optim.batch=2",
+        f"compute.workers={job.what}", "data.window={mode: unit, low: -175, high: 250}",
+        "--data", str(volumes.store),
     ]  # fmt: skip
-    call = [sys.executable, "-m", "spark3d.cli", "pretrain", "spark_segresnet_3d", *words]
-    try:
-        done = subprocess.run(
-            [*call, "--data", str(volumes.store), "--out", str(out / "run")],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise EnvironmentProblem(f"the training step could not be measured: {reason}")
-        lines = (out / "run" / "metrics.jsonl").read_text().splitlines()
-    finally:
-        shutil.rmtree(out, ignore_errors=True)
-    kept = [line for line in map(json.loads, lines) if line["step"] > SKIPPED_STEPS]
-    total, waited = (sum(line[k] for line in kept) for k in ("seconds", "data_seconds"))
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
-    return {"idle": waited / total, "step": total / len(kept), "device": device}
+    with tempfile.TemporaryDirectory(dir=job.folder) as out:
+        pace = measure_pretraining(words, job.steps, Path(out) / "run")
+    return {"idle": pace.idle, "step": pace.step, "device": pace.device}
 
 
 def summary(seconds: Mapping[str, list[float]]) -> dict[str, Any]:

@@ -8,8 +8,6 @@ runs one of them, in a process of its own, and prints one line of JSON.
 import hashlib
 import json
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,11 +22,10 @@ import torch
 from PIL import Image
 
 from spark3d.benchmarks import meter
+from spark3d.benchmarks.training import SKIPPED_STEPS, measure_pretraining
 from spark3d.data.images2d import ImageCrops, scan_images
 from spark3d.data.stream import batches
-from spark3d.errors import EnvironmentProblem
 
-SKIPPED_STEPS = 3  # the first batches wait for the workers to start
 SIZE = (375, 500)  # rows and columns, as most of ImageNet
 SMALL = (
     "model.backbone=timm/resnet10t",
@@ -109,30 +106,14 @@ def load(job: ImagesJob) -> dict[str, Any]:
 
 def step(job: ImagesJob) -> dict[str, Any]:
     """Images a second of a real pre-training, and the share of its time that waits for data."""
-    out = Path(tempfile.mkdtemp())
     words = [
-        *(SMALL if job.small else ()), f"images.crop={job.crop}", f"optim.batch={job.batch}",
-        f"optim.steps={job.steps + SKIPPED_STEPS}", "optim.warmup=1", "log.every=1",
-        "log.tensorboard=false", "log.panels_every=100000", "images.max_bad=1",
-        "compute.checkpoint_every=100000", f"compute.workers={job.workers}",
+        "spark_images_2d", *(SMALL if job.small else ()), f"images.crop={job.crop}",
+        f"optim.batch={job.batch}", "images.max_bad=1", f"compute.workers={job.workers}",
+        "--dims", "2", "--data", job.folder,
     ]  # fmt: skip
-    call = [sys.executable, "-m", "spark3d.cli", "pretrain", "spark_images_2d", *words]
-    try:
-        done = subprocess.run(
-            [*call, "--dims", "2", "--data", job.folder, "--out", str(out / "run")],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise EnvironmentProblem(f"the training step could not be measured: {reason}")
-        lines = (out / "run" / "metrics.jsonl").read_text().splitlines()
-    finally:
-        shutil.rmtree(out, ignore_errors=True)
-    kept = [line for line in map(json.loads, lines) if line["step"] > SKIPPED_STEPS]
-    total, waited = (sum(line[k] for line in kept) for k in ("seconds", "data_seconds"))
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
-    speed = job.batch * len(kept) / total
-    return {"images_per_s": speed, "idle": waited / total, "device": device}
+    with tempfile.TemporaryDirectory() as out:
+        pace = measure_pretraining(words, job.steps, Path(out) / "run")
+    return {"images_per_s": job.batch / pace.step, "idle": pace.idle, "device": pace.device}
 
 
 MEASURES: Mapping[str, Callable[[ImagesJob], dict[str, Any]]] = MappingProxyType(

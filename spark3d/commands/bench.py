@@ -19,6 +19,7 @@ from rich.console import Console
 
 from spark3d.benchmarks.cases import Case, Job, Measure, curve_cases, jobs, main_cases
 from spark3d.benchmarks.predict_cases import PredictJob
+from spark3d.commands.bench_results import load, save
 from spark3d.commands.bench_tables import (
     Results,
     as_markdown,
@@ -28,7 +29,7 @@ from spark3d.commands.bench_tables import (
     main_table,
     profile_tables,
 )
-from spark3d.errors import ConfigError, DataError, EnvironmentProblem
+from spark3d.errors import ConfigError, EnvironmentProblem
 from spark3d.reports.growth import save_growth
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def bench_core_command(
     if figure and not (curve and figure.suffix in (".svg", ".png")):
         raise ConfigError(f"--figure {figure}: a file .svg or .png, together with --curve")
     cases = curve_cases(quick) if curve else main_cases(quick)
-    document = load(out, threads)
+    document = load(out, "machine", {"threads": threads})
     began = time.perf_counter()
     for job in jobs(cases, chosen, seconds, (min(2, rounds), rounds)):
         found = document["results"].setdefault(job.case.name, {})
@@ -164,32 +165,3 @@ def in_a_process(
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise EnvironmentProblem(f"measuring {job.case.name} ({job.key}) failed: {reason}")
     return json.loads(lines[-1])
-
-
-def load(path: Path, threads: int) -> dict[str, Any]:
-    """The results so far, or an empty document.
-
-    Raises:
-        DataError: something else stands there, or it was measured with other threads.
-    """
-    if not path.is_file():
-        return {"machine": {"threads": threads}, "results": {}}
-    try:
-        document = json.loads(path.read_text())
-        before = document["machine"]["threads"]
-        document["results"].keys()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} holds no results of `spark3d bench`: choose another") from error
-    if before != threads:
-        raise DataError(
-            f"{path} was measured with {before} threads, not {threads}: choose another file"
-        )
-    return document
-
-
-def save(path: Path, document: Mapping[str, Any]) -> None:
-    """Replace the file at once, so that a kill leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
-    temporary.replace(path)

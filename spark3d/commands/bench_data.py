@@ -17,9 +17,10 @@ from rich.console import Console
 
 from spark3d.benchmarks.data import MEASURES, DataJob
 from spark3d.benchmarks.data_volume import VolumeSpec
-from spark3d.commands.bench import save, wide_console
+from spark3d.commands.bench import wide_console
 from spark3d.commands.bench_data_tables import as_markdown, as_tables
-from spark3d.errors import ConfigError, DataError, EnvironmentProblem
+from spark3d.commands.bench_results import load, save
+from spark3d.errors import ConfigError, EnvironmentProblem
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def bench_data_command(
     screen = console or wide_console()
     size = QUICK_SIZE if quick else VolumeSpec.size
     spec = VolumeSpec(_source(file, screen), size, chunk=chunk)
-    document = _load(out, spec)
+    document = load(out, "volume", spec.describe())
     folder = scratch or out.with_name(f"{out.stem}_volumes")
     for job in _jobs(chosen, folder, spec, seconds, rounds, quick):
         if job.key in document["results"]:
@@ -151,26 +152,3 @@ def fresh_process(module: str, job: str, key: str, trains: bool) -> dict[str, An
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise EnvironmentProblem(f"measuring {key} failed: {reason}")
     return json.loads(lines[-1])
-
-
-def _load(path: Path, spec: VolumeSpec) -> dict[str, Any]:
-    """The results so far, or an empty document.
-
-    Raises:
-        DataError: something else stands there, or it is of another volume.
-    """
-    volume = spec.describe()
-    if not path.is_file():
-        return {"machine": {}, "volume": volume, "results": {}}
-    try:
-        document = json.loads(path.read_text())
-        before = document["volume"]
-        document["results"].keys()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path} holds no results of `spark3d bench data`: choose another"
-        ) from error
-    if before != volume:
-        changed = ", ".join(key for key in volume if volume[key] != before.get(key))
-        raise DataError(f"{path} was measured on another volume ({changed}): choose another file")
-    return document

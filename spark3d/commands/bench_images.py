@@ -4,7 +4,6 @@ Every measurement runs in a process of its own. Results are written as they come
 goes on where it was stopped.
 """
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from spark3d.benchmarks.images import MEASURES, ImagesJob, as_text, make_photographs
-from spark3d.commands.bench import save, wide_console
+from spark3d.commands.bench import wide_console
 from spark3d.commands.bench_data import fresh_process
+from spark3d.commands.bench_results import load, save
 from spark3d.commands.stores import existing_folder
-from spark3d.errors import ConfigError, DataError
+from spark3d.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,8 @@ def bench_images_command(
     if data is None:
         make_photographs(folder, FEW if quick else PHOTOGRAPHS)
     existing_folder(folder, "give a folder of PNG or JPEG files")
-    document = _load(out, {"folder": str(folder.absolute()), "batch": batch, "crop": crop})
+    measured = {"folder": str(folder.absolute()), "batch": batch, "crop": crop}
+    document = load(out, "images", measured)
     for measure in chosen:
         for count in workers:
             where = str(folder.absolute())
@@ -114,25 +115,3 @@ def _table(results: Mapping[str, Any]) -> Table:
         speed = f"{found['images_per_s']:.1f}"
         table.add_row(SAYS[measure], rest.removesuffix(" workers"), speed, share, f"{load:.1f}")
     return table
-
-
-def _load(path: Path, images: dict[str, Any]) -> dict[str, Any]:
-    """The results so far, or an empty document.
-
-    Raises:
-        DataError: something else stands there, or other images.
-    """
-    if not path.is_file():
-        return {"machine": {}, "images": images, "results": {}}
-    try:
-        document = json.loads(path.read_text())
-        before = document["images"]
-        document["results"].keys()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path} holds no results of `spark3d bench images`: choose another"
-        ) from error
-    if before != images:
-        changed = ", ".join(key for key in images if images[key] != before.get(key))
-        raise DataError(f"{path} was measured otherwise ({changed}): choose another file")
-    return document

@@ -26,7 +26,8 @@ from spark3d.benchmarks.predict_cases import (
     PredictJob,
     predict_jobs,
 )
-from spark3d.commands.bench import in_a_process, load, save, wide_console
+from spark3d.commands.bench import in_a_process, wide_console
+from spark3d.commands.bench_results import load, save
 from spark3d.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def bench_predict_command(
         )
     case = QUICK if quick else PredictCase()
     run = runner or functools.partial(in_a_process, worker="spark3d.benchmarks.predict")
-    document = load(out, threads)
+    document = load(out, "machine", {"threads": threads})
     found = document["results"].setdefault(case.name, {})
     began = time.perf_counter()
     for job in predict_jobs(case, chosen, rounds):

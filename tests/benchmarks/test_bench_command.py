@@ -146,7 +146,7 @@ def test_mistakes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no results"):
         bench_core_command(out, quick=True, runner=invented)
     out.write_text(json.dumps({"machine": {"threads": 7}, "results": {}}))
-    with pytest.raises(DataError, match="7 threads, not 2"):
+    with pytest.raises(DataError, match="threads 7, now 2"):
         bench_core_command(out, quick=True, runner=invented)
 
 

@@ -92,7 +92,7 @@ def test_mistakes_are_refused_and_a_phantom_is_said_aloud(
         run(tmp_path / "b.json", file=tmp_path / "none.nii")
     _, text = run(tmp_path / "b.json", measures=["hash"])
     assert "a phantom stands in" in text
-    with pytest.raises(DataError, match=r"another volume \(chunk\)"):
+    with pytest.raises(DataError, match=r"measured otherwise \(chunk"):
         run(tmp_path / "b.json", chunk=32)
     (tmp_path / "b.json").write_text("{}")
     with pytest.raises(DataError, match="holds no results"):

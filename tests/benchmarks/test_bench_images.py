@@ -73,7 +73,7 @@ def test_mistakes_are_refused(tmp_path: Path, photographs: Path) -> None:
     with pytest.raises(DataError, match="no such folder; give a folder of PNG"):
         run(out, tmp_path / "gone")
     run(out, photographs)
-    with pytest.raises(DataError, match=r"measured otherwise \(batch, crop\)"):
+    with pytest.raises(DataError, match=r"otherwise \(batch 4, now 64; crop 64, now 224\)"):
         run(out, photographs, quick=False)
     out.write_text("{}")
     with pytest.raises(DataError, match="holds no results"):

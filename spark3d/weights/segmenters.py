@@ -1,17 +1,13 @@
 """A fine-tuned network on disk: `model.safetensors` and the card by which to rebuild it."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from spark3d.errors import ConfigError, DataError
-from spark3d.weights.exchange import file_sha256, passport_path, save_tensors, whole_file
+from spark3d.weights.cards import load_with_card, save_with_card
 from spark3d.weights.passport import package_versions
 
 
@@ -52,9 +48,7 @@ class ModelCard:
 
 def save_model(path: Path, state: Mapping[str, Tensor], card: ModelCard) -> None:
     """Write the weights, then their card; each whole or not at all."""
-    written = replace(card, sha256=save_tensors(path, state))
-    with whole_file(passport_path(path)) as part:
-        part.write_text(json.dumps(asdict(written), indent=1) + "\n", encoding="utf-8")
+    save_with_card(path, state, asdict(card))
 
 
 def load_model(path: Path) -> tuple[dict[str, Tensor], ModelCard]:
@@ -64,23 +58,7 @@ def load_model(path: Path) -> tuple[dict[str, Tensor], ModelCard]:
         DataError: Files missing, damaged, or not belonging together.
         ConfigError: The card is of another version.
     """
-    path = path / "model.safetensors" if path.is_dir() else path
-    note = passport_path(path)
-    for needed in (path, note):
-        if not needed.is_file():
-            raise DataError(f"no {needed.name} in {path.parent}; is the fine-tuning finished?")
-    try:
-        tree = json.loads(note.read_text(encoding="utf-8"))
-    except ValueError:
-        raise DataError(f"{note} is damaged; copy it again from the run that wrote it") from None
-    if not isinstance(tree, dict) or set(tree) != {f.name for f in fields(ModelCard)}:
-        raise ConfigError(f"{note} is no card of this version of spark3d")
+    state, tree = load_with_card(path, {f.name for f in fields(ModelCard)})
     tree["spacing_mm"], tree["crop"] = tuple(tree["spacing_mm"]), tuple(tree["crop"])
     tree["swap"] = tuple(tuple(pair) for pair in tree["swap"])
-    card = ModelCard(**tree)
-    if file_sha256(path) != card.sha256:
-        raise DataError(f"{path} is damaged: its SHA-256 differs from the one in {note.name}")
-    try:
-        return load_file(path), card
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} cannot be read ({error})") from None
+    return state, ModelCard(**tree)

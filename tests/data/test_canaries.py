@@ -165,10 +165,13 @@ def test_nothing_of_a_patient_comes_out(planted, labelled, tmp_path, capfd, capl
         ("predict", "--data", planted, "--out", out / "more", "--model", out / "fine"),
         ("finetune", *NETWORK, *words, "split.use=named", f"split.name={folds}",
          "model.backbone=monai/segresnet"),
+        ("label-efficiency", *NETWORK, "--data", out / "task", "--encoder", out / "pre",
+         "--labels", "1", "--subsets", "1", "--volumes", labelled, "--out", out / "study"),
         ("report", out / "pre", out / "fine", out / "other", out / "scores",
          "--out", out / "report.html"),
         ("export", out / "fine", "--to", "bundle", "--out", out / "bundle"),
         ("export", out / "fine", "--to", "exported", "--out", out / "exported"),
+        ("export", out / "fine", "--to", "onnx", "--out", out / "onnx"),
     )  # fmt: skip
     for step in steps:
         if f"split.name={folds}" in step:

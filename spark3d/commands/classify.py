@@ -26,7 +26,6 @@ from spark3d.engine.logging import (
     Waited,
     finite_or_none,
     set_up_logging,
-    step_progress,
 )
 from spark3d.engine.loop import (
     BadLossGuard,
@@ -37,6 +36,7 @@ from spark3d.engine.loop import (
     take_step,
 )
 from spark3d.engine.optim import set_step
+from spark3d.engine.progress import step_progress
 from spark3d.errors import DataError, Interrupted
 from spark3d.evaluation.classification import Hits, count_hits
 from spark3d.weights.classifiers import load_classifier_weights, save_classifier

@@ -17,8 +17,8 @@ from spark3d.commands.pretrain import pretrain_command
 from spark3d.commands.report import report_command
 from spark3d.data.phantom import write_btcv_phantoms
 from spark3d.data.store import Store
-from spark3d.engine.logging import step_progress
 from spark3d.engine.precision import cpu_has_bfloat16
+from spark3d.engine.progress import step_progress
 from spark3d.evaluation.tables import compare, rich_table
 
 log = logging.getLogger(__name__)

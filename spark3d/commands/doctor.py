@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from spark3d.commands.prepare import COLUMNS, show_found
+from spark3d.commands.prepare import show_found
 from spark3d.data.case import PrepareSpec
 from spark3d.data.files import write_atomic
 from spark3d.data.job import Job
@@ -28,6 +28,7 @@ from spark3d.data.survey import (
     same_voxels,
     unlike_the_rest,
 )
+from spark3d.engine.progress import PROGRESS_COLUMNS
 from spark3d.errors import ConfigError, DataError
 
 SHOWN = 40
@@ -98,7 +99,7 @@ def doctor_command(
         raise ConfigError(f"--modality {modality}: give one of auto, CT, MR")
     result = Diagnosis()
     with Progress(
-        *COLUMNS, console=console, transient=True, disable=not console.is_terminal
+        *PROGRESS_COLUMNS, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
         task = bar.add_task("reading DICOM headers", total=None, visible=False)
 
@@ -124,7 +125,7 @@ def doctor_command(
     result.layout, result.notices = found.layout, found.notices
     jobs = [Job(case, spec, Path()) for case in found.cases]
     with Progress(
-        *COLUMNS, console=console, transient=True, disable=not console.is_terminal
+        *PROGRESS_COLUMNS, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
         task = bar.add_task("reading volumes", total=len(jobs))
         for _, examined in run_each(examine, jobs, workers, memory_gib):

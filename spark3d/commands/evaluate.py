@@ -16,7 +16,7 @@ from spark3d.commands.runs import versions
 from spark3d.data.files import write_atomic
 from spark3d.data.io import read_volume
 from spark3d.data.names import safe_name
-from spark3d.engine.logging import step_progress
+from spark3d.engine.progress import step_progress
 from spark3d.errors import ConfigError, EnvironmentProblem
 from spark3d.evaluation.legacy import legacy_table, legacy_variants
 from spark3d.evaluation.metrics import ABSENT_RULE, score_case

@@ -30,7 +30,6 @@ from spark3d.engine.logging import (
     Waited,
     finite_or_none,
     set_up_logging,
-    step_progress,
 )
 from spark3d.engine.loop import (
     BadLossGuard,
@@ -42,6 +41,7 @@ from spark3d.engine.loop import (
     take_step,
 )
 from spark3d.engine.optim import set_step
+from spark3d.engine.progress import step_progress
 from spark3d.errors import ConfigError, DataError, Interrupted
 from spark3d.evaluation.metrics import dice_per_label
 from spark3d.evaluation.windows import WindowPlan, predict_labels

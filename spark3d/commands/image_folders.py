@@ -12,7 +12,7 @@ from spark3d.commands.stores import SHOWN, existing_folder
 from spark3d.data.images2d import ImageFolder, scan_images
 from spark3d.data.names import shown
 from spark3d.engine.checkpoint import write_atomically
-from spark3d.engine.logging import step_progress
+from spark3d.engine.progress import step_progress
 from spark3d.errors import DataError
 
 NOTES = "images.json"

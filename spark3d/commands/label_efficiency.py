@@ -44,7 +44,8 @@ from spark3d.config import (
 from spark3d.data.files import write_atomic
 from spark3d.data.splits import few_labels
 from spark3d.data.store import Store
-from spark3d.engine.logging import set_up_logging, step_progress
+from spark3d.engine.logging import set_up_logging
+from spark3d.engine.progress import step_progress
 from spark3d.errors import ConfigError, DataError, EnvironmentProblem, Interrupted
 from spark3d.weights.exchange import load_encoder
 from spark3d.weights.passport import Passport

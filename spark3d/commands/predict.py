@@ -10,14 +10,7 @@ from typing import Literal
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
 from spark3d.build import LoadedSegmenter, load_segmenter
 from spark3d.commands.predict_ledger import Ledger
@@ -31,6 +24,7 @@ from spark3d.data.privacy import safe_cases
 from spark3d.data.sources import CaseSource, find
 from spark3d.engine.loop import stop_on_signal
 from spark3d.engine.precision import warn_of_slow_bfloat16
+from spark3d.engine.progress import PROGRESS_COLUMNS
 from spark3d.errors import ConfigError, DataError, EnvironmentProblem, Interrupted
 from spark3d.evaluation.flips import mirrored_pairs
 from spark3d.evaluation.regrid import labels_onto
@@ -125,7 +119,7 @@ def predict_command(
         console.print(f"{len(cases) - len(todo)} of {len(cases)} cases are there already")
 
     failed: dict[str, str] = {}
-    with stop_on_signal() as asked, _progress(console) as bar:
+    with stop_on_signal() as asked, Progress(*PROGRESS_COLUMNS, console=console) as bar:
         whole = bar.add_task("cases", total=len(cases), completed=len(cases) - len(todo))
 
         def on_window(done: int, of: int) -> None:
@@ -297,18 +291,6 @@ def cases_of(
             f"({', '.join(absent[:5])}); give the folder that was prepared"
         )
     return [c for c in safe if c.id in only]
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 def _three(spacing_mm: Sequence[float]) -> tuple[float, float, float]:

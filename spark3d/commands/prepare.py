@@ -4,14 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 from rich.table import Table
 
 from spark3d.data.names import shown
@@ -19,16 +12,8 @@ from spark3d.data.nifti_header import Geometry
 from spark3d.data.prepare import PrepareReport, PrepareSpec, finalize, prepare
 from spark3d.data.sources import FoundCases, find
 from spark3d.data.store import Store
+from spark3d.engine.progress import PROGRESS_COLUMNS
 from spark3d.errors import ConfigError
-
-COLUMNS = (
-    TextColumn("{task.description}"),
-    BarColumn(),
-    MofNCompleteColumn(),
-    TimeElapsedColumn(),
-    TextColumn("left"),
-    TimeRemainingColumn(),
-)
 
 
 def prepare_command(
@@ -82,7 +67,7 @@ def prepare_command(
         return None
 
     with Progress(
-        *COLUMNS, console=console, transient=True, disable=not console.is_terminal
+        *PROGRESS_COLUMNS, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
         task = bar.add_task("reading DICOM headers", total=None, visible=False)
         found = find(
@@ -101,7 +86,7 @@ def prepare_command(
         chunk=_one_of("chunk", chunk, (32, 64)),
     )
 
-    with Progress(*COLUMNS, console=console) as bar:
+    with Progress(*PROGRESS_COLUMNS, console=console) as bar:
         task = bar.add_task("preparing", total=len(found.cases))
         report = prepare(
             found.cases,

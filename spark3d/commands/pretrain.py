@@ -22,7 +22,6 @@ from spark3d.engine.logging import (
     Stopwatch,
     Waited,
     set_up_logging,
-    step_progress,
 )
 from spark3d.engine.loop import (
     BadLossGuard,
@@ -33,6 +32,7 @@ from spark3d.engine.loop import (
     take_step,
 )
 from spark3d.engine.optim import set_step
+from spark3d.engine.progress import step_progress
 from spark3d.errors import DataError, Interrupted
 from spark3d.objectives.base import Objective
 from spark3d.reports.panels import reconstruction_panel

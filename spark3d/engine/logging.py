@@ -1,24 +1,13 @@
-"""What a run writes while it goes: `metrics.jsonl`, TensorBoard, progress with time left."""
+"""What a run writes while it goes: `metrics.jsonl`, TensorBoard, messages."""
 
 import json
 import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch.utils.tensorboard import SummaryWriter
 
 from spark3d.engine.checkpoint import write_atomically
@@ -88,40 +77,6 @@ class RunLog:
             self._file.close()
         if self._board is not None:
             self._board.close()
-
-
-class StepProgress:
-    """A progress bar whose text carries the current loss."""
-
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._task = progress, task
-
-    def update(self, done: int, total: int) -> None:
-        """Set how much is done, where the total shows only later."""
-        self._progress.update(self._task, completed=done, total=total)
-
-    def advance(self, text: str = "") -> None:
-        """One unit of work done."""
-        self._progress.update(self._task, advance=1, status=text)
-
-
-@contextmanager
-def step_progress(
-    title: str, total: int, done: int = 0, show: bool = True
-) -> Iterator[StepProgress]:
-    """A bar with share, elapsed time and time left; nothing is drawn where `show` is False."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not show) as progress:
-        task = progress.add_task(title, total=total, completed=done, status="")
-        yield StepProgress(progress, task)
 
 
 def set_up_logging(rank: int = 0) -> None:

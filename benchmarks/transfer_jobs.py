@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 RATES = (1e-3, 3e-3, 6e-3)
@@ -36,36 +36,15 @@ class Job:
 
 
 def run_job(job: Job, data: Path, work: Path, recipe: str, precision: str) -> dict:
-    """Fine-tune, predict, score; one thread."""
+    """Fine-tune (unless the stage scores what another trained), predict, score; one thread."""
     import torch
 
-    from spark3d.commands.finetune import finetune_command
-
     torch.set_num_threads(1)
-    out = work / "runs" / job.key
-    overrides = [
-        f"seed={job.subset}",
-        f"optim.lr={job.lr}",
-        f"optim.steps={job.steps}",
-        f"optim.warmup={job.steps // 10}",
-        f"optim.precision={precision}",
-        *ONE_CORE,
-        "compute.checkpoint_every=200",
-        f"log.validate_every={job.steps // 4}",
-        "log.tensorboard=false",
-    ]
     lists = split_lists(work, job)
-    overrides += ["split.use=list", f"split.train={json.dumps(lists['train'])}"]
-    overrides += [f"split.validation={json.dumps(lists['validation'])}"]
     began = time.perf_counter()
-    finetune_command(
-        work / "store",
-        out,
-        encoder_of(job, work),
-        recipe,
-        tuple(overrides),
-        allow_overlap=job.stage == "tune",  # scored there: training images, seen without labels
-    )
+    out = work / "runs" / (replace(job, stage="pairs8") if job.stage == "seen" else job).key
+    if job.stage != "seen":
+        fine_tune(job, out, lists, work, recipe, precision)
     seconds = time.perf_counter() - began
     scores = score(job, out, work, data, lists["validation"], precision == "bf16-mixed")
     return {
@@ -77,6 +56,36 @@ def run_job(job: Job, data: Path, work: Path, recipe: str, precision: str) -> di
         "dice": scores,
         "curve": curve(out),
     }
+
+
+def fine_tune(
+    job: Job, out: Path, lists: dict[str, list[str]], work: Path, recipe: str, precision: str
+) -> None:
+    """`spark3d finetune` as the job wants it."""
+    from spark3d.commands.finetune import finetune_command
+
+    overrides = [
+        f"seed={job.subset}",
+        f"optim.lr={job.lr}",
+        f"optim.steps={job.steps}",
+        f"optim.warmup={job.steps // 10}",
+        f"optim.precision={precision}",
+        *ONE_CORE,
+        "compute.checkpoint_every=200",
+        f"log.validate_every={job.steps // 4}",
+        "log.tensorboard=false",
+        "split.use=list",
+        f"split.train={json.dumps(lists['train'])}",
+        f"split.validation={json.dumps(lists['validation'])}",
+    ]
+    finetune_command(
+        work / "store",
+        out,
+        encoder_of(job, work),
+        recipe,
+        tuple(overrides),
+        allow_overlap=job.stage == "tune",  # scored there: training images, seen without labels
+    )
 
 
 def curve(out: Path) -> list[tuple[int, float]]:
@@ -95,7 +104,7 @@ def split_lists(work: Path, job: Job) -> dict[str, list[str]]:
     cases = Store.open(work / "store").cases
     training = [c.id for c in cases if c.section == "training"]
     validation = [c.id for c in cases if c.section == "validation"]
-    if job.stage == "tune":
+    if job.stage in ("tune", "seen"):  # scored: cases whose images pre-training has seen
         order = few_labels(training, 8 + 12, job.subset)
         return {"train": list(order[:8]), "validation": list(order[8:])}
     kept = few_labels(training, job.labels or len(training), job.subset)

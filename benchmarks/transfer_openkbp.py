@@ -30,6 +30,7 @@ STAGES = (
     "pretrain",
     "tune",
     "pairs8",
+    "seen",
     "gate",
     "shuffled",
     "pairs20",
@@ -38,8 +39,9 @@ STAGES = (
 )
 
 
-LABELS = {"pairs8": 8, "pairs20": 20, "pairsall": None}
-SUBSETS = {"pairs8": 5, "pairs20": 3, "pairsall": 2}
+LABELS = {"pairs8": 8, "seen": 8, "pairs20": 20, "pairsall": None}
+SUBSETS = {"pairs8": 5, "seen": 5, "pairs20": 3, "pairsall": 2}
+"""Pairs of a stage; `seen` scores those of pairs8 on cases whose images pre-training has seen."""
 
 
 def pairs(stage: str, subsets: int, best: dict[str, float], steps: int) -> list[Job]:
@@ -75,7 +77,7 @@ def jobs_of(stage: str, options: argparse.Namespace) -> list[Job]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--subsets", type=int, help="pairs of each count; default 5, 3 and 2")
+    parser.add_argument("--subsets", type=int, help="pairs of each stage; default 5, 5, 3 and 2")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.data, options.work = options.data.resolve(), options.work.resolve()

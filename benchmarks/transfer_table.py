@@ -82,7 +82,7 @@ def print_rest(results: list[Result]) -> None:
     print("\n### tuning and controls\n\n| job | Dice | worst organ | by step | seconds |")
     print("|---|---|---|---|---|")
     for r in results:
-        if not r["stage"].startswith("pairs"):
+        if not r["stage"].startswith(("pairs", "seen")):
             organ, worst = min(organ_means(r).items(), key=lambda item: item[1])
             curve = ", ".join(f"{step}: {dice:.3f}" for step, dice in r["curve"])
             print(
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     lines = parser.parse_args().results.read_text().splitlines()
     results = [json.loads(line) for line in lines]
-    for stage in ("pairs8", "pairs20", "pairsall"):
+    for stage in ("pairs8", "seen", "pairs20", "pairsall"):
         print_pairs(results, stage)
     print_rest(results)
 

@@ -12,6 +12,8 @@ from pathlib import Path
 RATES = (1e-3, 3e-3, 6e-3)
 PRETRAIN_SEEDS = (0, 1)
 TUNING_SUBSETS = (100, 101)
+ON_TRAINING_CASES = ("tune", "seen", "frozen", "counts")
+"""Stages scored on 12 training cases, whose images pre-training has seen."""
 ONE_CORE = ("compute.threads=1", "compute.accelerator=cpu")
 
 
@@ -78,13 +80,15 @@ def fine_tune(
         f"split.train={json.dumps(lists['train'])}",
         f"split.validation={json.dumps(lists['validation'])}",
     ]
+    if job.stage == "frozen":
+        overrides.append(f"optim.freeze_steps={job.steps}")
     finetune_command(
         work / "store",
         out,
         encoder_of(job, work),
         recipe,
         tuple(overrides),
-        allow_overlap=job.stage == "tune",  # scored there: training images, seen without labels
+        allow_overlap=job.stage in ON_TRAINING_CASES,
     )
 
 
@@ -104,9 +108,10 @@ def split_lists(work: Path, job: Job) -> dict[str, list[str]]:
     cases = Store.open(work / "store").cases
     training = [c.id for c in cases if c.section == "training"]
     validation = [c.id for c in cases if c.section == "validation"]
-    if job.stage in ("tune", "seen"):  # scored: cases whose images pre-training has seen
-        order = few_labels(training, 8 + 12, job.subset)
-        return {"train": list(order[:8]), "validation": list(order[8:])}
+    if job.stage in ON_TRAINING_CASES:
+        order = few_labels(training, len(training), job.subset)
+        others = (*order[:8], *order[20:])
+        return {"train": list(others[: job.labels]), "validation": list(order[8:20])}
     kept = few_labels(training, job.labels or len(training), job.subset)
     return {"train": list(kept), "validation": validation}
 

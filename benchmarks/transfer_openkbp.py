@@ -14,6 +14,7 @@ from pathlib import Path
 
 from transfer_jobs import (
     PRETRAIN_SEEDS,
+    TUNING_SUBSETS,
     Job,
     arguments,
     best_rate,
@@ -36,11 +37,14 @@ STAGES = (
     "pairs20",
     "pairsall",
     "total",
+    "pairs4",
+    "frozen",
+    "counts",
 )
 
 
-LABELS = {"pairs8": 8, "seen": 8, "pairs20": 20, "pairsall": None}
-SUBSETS = {"pairs8": 5, "seen": 5, "pairs20": 3, "pairsall": 2}
+LABELS = {"pairs4": 4, "pairs8": 8, "seen": 8, "pairs20": 20, "pairsall": None}
+SUBSETS = {"pairs4": 5, "pairs8": 5, "seen": 5, "pairs20": 3, "pairsall": 2}
 """Pairs of a stage; `seen` scores those of pairs8 on cases whose images pre-training has seen."""
 
 
@@ -71,13 +75,20 @@ def jobs_of(stage: str, options: argparse.Namespace) -> list[Job]:
     if stage == "total":  # scratch, given the compute of pre-training too
         total = total_steps(options.work, steps)
         return [Job(stage, "scratch", 8, 0, None, best["scratch"], total)]
+    if stage == "frozen":  # what the decoder makes of features alone: pre-trained, and shuffled
+        arms = ("pre", "shuffled")
+        return [Job(stage, a, 8, s, 0, 3e-3, steps) for s in TUNING_SUBSETS for a in arms]
+    if stage == "counts":  # do labels limit the network? the tuning cases with fewer and with all
+        arms = (("scratch", None), ("pre", PRETRAIN_SEEDS[0]))
+        counts = [(count, s) for count in (2, 85) for s in TUNING_SUBSETS]
+        return [Job(stage, a, n, s, seed, best[a], steps) for n, s in counts for a, seed in arms]
     return pairs(stage, options.subsets or SUBSETS[stage], best, steps)
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--subsets", type=int, help="pairs of each stage; default 5, 5, 3 and 2")
+    parser.add_argument("--subsets", type=int, help="pairs of each stage, instead of 5, 3 or 2")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.data, options.work = options.data.resolve(), options.work.resolve()

@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     lines = parser.parse_args().results.read_text().splitlines()
     results = [json.loads(line) for line in lines]
-    for stage in ("pairs8", "seen", "pairs20", "pairsall"):
+    for stage in ("pairs4", "pairs8", "seen", "pairs20", "pairsall"):
         print_pairs(results, stage)
     print_rest(results)
 

@@ -4,13 +4,14 @@ python benchmarks/compare_table.py work/ --arms scratch pre localmim a2mim --fig
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from transfer_jobs import PRETRAIN_SEEDS, results
 from transfer_table import paired_summary, pairs_of, score
+
+from spark3d.engine.logging import read_metrics
 
 STAGE = "pairs8"
 WINDOW = 50
@@ -24,8 +25,8 @@ def run_of(work: Path, arm: str, seed: int) -> Path:
 
 def losses(run: Path) -> tuple[np.ndarray, np.ndarray]:
     """Loss and seconds of every step of a pre-training."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    steps = [(line["loss"], line["seconds"]) for line in lines if line["kind"] == "train"]
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train"]
+    steps = [(line["loss"], line["seconds"]) for line in lines]
     return np.array([loss for loss, _ in steps]), np.array([took for _, took in steps])
 
 

@@ -67,6 +67,9 @@ def jobs_of(stage: str, options: argparse.Namespace) -> list[Job]:
     steps = options.steps
     if stage == "tune":  # both arms, same grid, training cases only; scored on other training cases
         return tuning_jobs({"scratch": None, "pre": PRETRAIN_SEEDS[0]}, steps)
+    if stage == "frozen":  # what the decoder makes of features alone: pre-trained, and shuffled
+        arms = ("pre", "shuffled")
+        return [Job(stage, a, 8, s, 0, 3e-3, steps) for s in TUNING_SUBSETS for a in arms]
     best = {arm: best_rate(arm, options) for arm in ("scratch", "pre")}
     if stage == "gate":  # is scratch trained enough? twice the steps must gain less than .03
         return [Job(stage, "scratch", 8, s, None, best["scratch"], 2 * steps) for s in range(2)]
@@ -75,9 +78,6 @@ def jobs_of(stage: str, options: argparse.Namespace) -> list[Job]:
     if stage == "total":  # scratch, given the compute of pre-training too
         total = total_steps(options.work, steps)
         return [Job(stage, "scratch", 8, 0, None, best["scratch"], total)]
-    if stage == "frozen":  # what the decoder makes of features alone: pre-trained, and shuffled
-        arms = ("pre", "shuffled")
-        return [Job(stage, a, 8, s, 0, 3e-3, steps) for s in TUNING_SUBSETS for a in arms]
     if stage == "counts":  # do labels limit the network? the tuning cases with fewer and with all
         arms = (("scratch", None), ("pre", PRETRAIN_SEEDS[0]))
         counts = [(count, s) for count in (2, 85) for s in TUNING_SUBSETS]
@@ -116,12 +116,13 @@ def total_steps(work: Path, steps: int) -> int:
     """Fine-tuning steps that take as long as pre-training and fine-tuning together."""
     import numpy as np
 
+    from spark3d.engine.logging import read_metrics
+
     pre = work / "pretrain-seed0" / "metrics.jsonl"
     fine = sorted((work / "runs").glob("tune-scratch-*/metrics.jsonl"))
 
     def seconds(path: Path) -> list[float]:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return [line["seconds"] for line in lines if line["kind"] == "train"]
+        return [line["seconds"] for line in read_metrics(path) if line["kind"] == "train"]
 
     spent = len(seconds(pre)) * np.median(seconds(pre))
     return steps + int(spent / np.median(seconds(fine[0])) / 100) * 100

@@ -10,9 +10,6 @@ and kept in `pace.json`. Resumable as the other study is.
 """
 
 import json
-import statistics
-import subprocess
-import sys
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,6 +24,8 @@ from transfer_jobs import (
     tuning_jobs,
 )
 
+from spark3d.benchmarks.training import measure_pretraining
+
 LIGHT = "objective.decoder_width="
 VARIANTS = {
     "decoders": {
@@ -40,20 +39,15 @@ VARIANTS = {
     },
 }
 """What each variant changes in the recipe; the recipe itself is the arm `pre`."""
-PACE_STEPS = 8
+PACE_STEPS = 5
 STAGES = ("pace", "pretrain", "tune", "pairs8")
 
 
 def pace_of(name: str, changes: tuple[str, ...], options: Namespace) -> float:
-    """Median seconds of a step, the first three left out."""
-    out = options.work / "pace" / name
-    call = [sys.executable, "-m", "spark3d.cli", "pretrain", options.recipe, *changes, *ONE_CORE]
-    call += [f"optim.steps={PACE_STEPS}", "optim.warmup=2", "log.tensorboard=false"]
-    call += [f"optim.precision={options.precision}"]
-    call += ["--data", str(options.work / "store"), "--out", str(out)]
-    subprocess.run(call, check=True)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median(line["seconds"] for line in lines[3:] if line["kind"] == "train")
+    """Mean seconds of a step, the first three left out."""
+    words = [options.recipe, *changes, *ONE_CORE, f"optim.precision={options.precision}"]
+    words += ["--data", str(options.work / "store")]
+    return measure_pretraining(words, PACE_STEPS, options.work / "pace" / name).step
 
 
 def measure_pace(variants: dict[str, tuple[str, ...]], options: Namespace) -> dict[str, float]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from transfer_jobs import PRETRAIN_SEEDS, results
-from transfer_table import paired_summary, pairs_of, score
+from transfer_jobs import PRETRAIN_SEEDS, mean_dice, results
+from transfer_table import paired_summary, pairs_of
 
 from spark3d.engine.logging import read_metrics
 
@@ -45,7 +45,7 @@ def print_scores(work: Path, arms: list[str]) -> None:
     """A row per label subset, then every arm against every earlier one, paired."""
     lines = results(work)
     found = {
-        arm: {r["subset"]: score(r) for r in lines if r["stage"] == STAGE and r["arm"] == arm}
+        arm: {r["subset"]: mean_dice(r) for r in lines if r["stage"] == STAGE and r["arm"] == arm}
         for arm in arms
     }
     subsets = sorted(set.intersection(*(set(scores) for scores in found.values())))

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -185,12 +186,16 @@ def results(work: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
+def organ_means(result: dict) -> dict[str, float]:
+    """Mean Dice over cases, per organ; cases without the organ do not count."""
+    organs = next(iter(result["dice"].values())).keys()
+    table = {o: [c[o] for c in result["dice"].values() if c[o] is not None] for o in organs}
+    return {organ: statistics.mean(values) for organ, values in table.items()}
+
+
 def mean_dice(result: dict) -> float:
     """Mean over organs of the mean over cases."""
-    import numpy as np
-
-    table = np.array([list(case.values()) for case in result["dice"].values()], dtype=float)
-    return float(np.nanmean(table, axis=0).mean())
+    return statistics.mean(organ_means(result).values())
 
 
 def pretrain(

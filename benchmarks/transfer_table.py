@@ -8,22 +8,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+from transfer_jobs import mean_dice, organ_means
 
 from spark3d.evaluation.statistics import paired_difference
 
 Result = dict
-
-
-def organ_means(result: Result) -> dict[str, float]:
-    """Mean Dice over cases, per organ; cases without the organ do not count."""
-    organs = next(iter(result["dice"].values())).keys()
-    table = {o: [c[o] for c in result["dice"].values() if c[o] is not None] for o in organs}
-    return {organ: float(np.mean(values)) for organ, values in table.items()}
-
-
-def score(result: Result) -> float:
-    """Mean over organs of the mean over cases."""
-    return float(np.mean(list(organ_means(result).values())))
 
 
 def pairs_of(
@@ -37,7 +26,7 @@ def pairs_of(
 
 def paired_summary(pairs: list[tuple[Result, Result]]) -> str:
     """Paired mean, its 95 % t-interval, how many are positive, and the sign-flip test."""
-    first, second = ({str(k): score(pair[i]) for k, pair in enumerate(pairs)} for i in (0, 1))
+    first, second = ({str(k): mean_dice(pair[i]) for k, pair in enumerate(pairs)} for i in (0, 1))
     d = paired_difference(first, second, np.random.default_rng(0))
     low, high = d.interval.low, d.interval.high
     return (
@@ -61,10 +50,11 @@ def print_pairs(results: list[Result], stage: str) -> None:
     print(f"\n### {stage}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for a, b in pairs:
         reached = (steps_to_reach(b, a["curve"][-1][1]), steps_to_reach(a, b["curve"][-1][1]))
-        scores = (f"{score(a):.3f}", f"{score(b):.3f}", f"{score(b) - score(a):+.3f}")
+        first, second = mean_dice(a), mean_dice(b)
+        scores = (f"{first:.3f}", f"{second:.3f}", f"{second - first:+.3f}")
         by = ("never" if step is None else f"by step {step}" for step in reached)
         print(f"| {a['subset']} | {b['pretrain_seed']} | {' | '.join((*scores, *by))} |")
-    a, b = (np.array([score(pair[i]) for pair in pairs]) for i in (0, 1))
+    a, b = (np.array([mean_dice(pair[i]) for pair in pairs]) for i in (0, 1))
     line = f"\nMean {a.mean():.3f} (SD {a.std(ddof=1):.3f})" if len(a) > 1 else f"\n{a[0]:.3f}"
     line += f" -> {b.mean():.3f}" + (f" (SD {b.std(ddof=1):.3f})" if len(b) > 1 else "")
     print(line + (f"; {paired_summary(pairs)}" if len(pairs) > 1 else ""))
@@ -85,9 +75,8 @@ def print_rest(results: list[Result]) -> None:
         if not r["stage"].startswith(("pairs", "seen")):
             organ, worst = min(organ_means(r).items(), key=lambda item: item[1])
             curve = ", ".join(f"{step}: {dice:.3f}" for step, dice in r["curve"])
-            print(
-                f"| {r['key']} | {score(r):.3f} | {organ} {worst:.3f} | {curve} | {r['seconds']} |"
-            )
+            cells = (r["key"], f"{mean_dice(r):.3f}", f"{organ} {worst:.3f}", curve, r["seconds"])
+            print(f"| {' | '.join(map(str, cells))} |")
 
 
 def main() -> None:

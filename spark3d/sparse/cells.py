@@ -59,7 +59,8 @@ def cell_at(mask: CellMask, size: Sequence[int]) -> tuple[int, ...]:
     if any(sites % cells for sites, cells in zip(size, mask.grid, strict=True)):
         raise GeometryError(
             f"a map of {tuple(size)} sites cannot be packed in {mask.grid} cells; enlarge the "
-            "cells to the total stride of the network or take model.backend=reference"
+            'cells to the total stride of the network or use backend="reference" '
+            "(model.backend=reference in a recipe)"
         )
     return tuple(sites // cells for sites, cells in zip(size, mask.grid, strict=True))
 

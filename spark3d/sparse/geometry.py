@@ -48,7 +48,8 @@ def whole_cells(cell: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
     if any(p % s for p, s in zip(cell, stride, strict=True)):
         raise GeometryError(
             f"cells of {tuple(cell)} sites are no multiple of the stride {tuple(stride)}; enlarge "
-            "the cells to the total stride of the network or take model.backend=reference"
+            'the cells to the total stride of the network or use backend="reference" '
+            "(model.backend=reference in a recipe)"
         )
     return tuple(p // s for p, s in zip(cell, stride, strict=True))
 

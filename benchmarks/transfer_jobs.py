@@ -1,4 +1,4 @@
-"""One job of the studies on OpenKBP: pre-train, or fine-tune, predict and score."""
+"""One job of the studies of transfer: pre-train, or fine-tune, predict and score."""
 
 import argparse
 import json
@@ -259,9 +259,9 @@ def spacing_of(recipe: str) -> str:
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:
-    """What every study on OpenKBP is told."""
+    """What every study of transfer is told."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="OpenKBP in Decathlon layout")
+    parser.add_argument("--data", type=Path, required=True, help="a data set in Decathlon layout")
     parser.add_argument("--work", type=Path, required=True, help="folder for all that is made")
     parser.add_argument(
         "--recipe", default="openkbp_segresnet", help="of pre-training and of fine-tuning"
@@ -290,7 +290,7 @@ def best_rate(arm: str, options: argparse.Namespace) -> float:
     mine = [r for r in results(options.work) if r["stage"] == "tune" and r["arm"] == arm]
     scores: dict[float, list[float]] = {}
     for result in mine:
-        if result["steps"] == options.steps and result["subset"] in TUNING_SUBSETS:
+        if result["steps"] == options.steps:
             scores.setdefault(result["lr"], []).append(mean_dice(result))
     if any(len(scores.get(lr, ())) < len(TUNING_SUBSETS) for lr in RATES):
         missing = f"tuning of {arm} at {options.steps} steps is not finished"

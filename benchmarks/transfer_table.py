@@ -1,4 +1,4 @@
-"""The tables of docs/results/openkbp.md from the lines that transfer_openkbp.py wrote.
+"""The tables of docs/results/ from the lines that transfer_openkbp.py or transfer_study.py wrote.
 
 python benchmarks/transfer_table.py work/results.jsonl
 """
@@ -13,6 +13,8 @@ from transfer_jobs import mean_dice, organ_means
 from spark3d.evaluation.statistics import paired_difference
 
 Result = dict
+PAIRS = ("pairs", "seen")
+"""Stages whose two arms are compared subset by subset start with these words."""
 
 
 def pairs_of(
@@ -72,7 +74,7 @@ def print_rest(results: list[Result]) -> None:
     print("\n### tuning and controls\n\n| job | Dice | worst organ | by step | seconds |")
     print("|---|---|---|---|---|")
     for r in results:
-        if not r["stage"].startswith(("pairs", "seen")):
+        if not r["stage"].startswith(PAIRS):
             organ, worst = min(organ_means(r).items(), key=lambda item: item[1])
             curve = ", ".join(f"{step}: {dice:.3f}" for step, dice in r["curve"])
             cells = (r["key"], f"{mean_dice(r):.3f}", f"{organ} {worst:.3f}", curve, r["seconds"])
@@ -84,7 +86,7 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     lines = parser.parse_args().results.read_text().splitlines()
     results = [json.loads(line) for line in lines]
-    for stage in ("pairs4", "pairs8", "seen", "pairs20", "pairsall"):
+    for stage in dict.fromkeys(r["stage"] for r in results if r["stage"].startswith(PAIRS)):
         print_pairs(results, stage)
     print_rest(results)
 

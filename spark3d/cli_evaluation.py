@@ -69,6 +69,10 @@ def label_efficiency(
     allow_overlap: Annotated[
         bool, typer.Option(help="Go on although held-out volumes were seen in pre-training.")
     ] = False,
+    lr: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=RATE: learning rate of one start (scratch, or an encoder's NAME)."),
+    ] = None,
 ) -> None:
     """Scratch against pre-trained over label counts and subsets: tables, curve, paired tests.
 
@@ -83,6 +87,7 @@ def label_efficiency(
     label_efficiency_command(
         required(data, "--data"), required(out, "--out"), encoder or [], [*chosen, *every],
         subsets, recipe, overrides, volumes, scratch, jobs, shard, tolerance_mm, allow_overlap,
+        lr or [],
     )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """`spark3d label-efficiency`: does pre-training help, and with how many labels?
 
 Scratch and pre-trained starts are fine-tuned over label counts and subsets. Everything but the
-start is the same in a pair: split, subset, draws, initial weights of what is not pre-trained, and
-the budget in steps. Finished jobs are skipped, so the same command goes on where it was stopped.
+start (and its learning rate, where each has its own) is the same in a pair: split, subset, draws,
+initial weights of what is not pre-trained, and the budget in steps. Finished jobs are skipped, so
+the same command goes on where it was stopped.
 """
 
 import hashlib
@@ -20,14 +21,12 @@ from pathlib import Path
 from rich.console import Console
 
 from spark3d import build
-from spark3d.commands.finetune import usual_recipe
 from spark3d.commands.label_jobs import Job, Study, run_job, run_job_apart
+from spark3d.commands.label_starts import Start, base_recipe, read_starts, with_rates
 from spark3d.commands.label_tables import write_tables
 from spark3d.commands.labelled import (
-    encoder_file,
     label_names,
     plan_finetuning,
-    plan_from_encoder,
 )
 from spark3d.commands.prepare import prepare_command
 from spark3d.commands.report import report_command
@@ -37,7 +36,6 @@ from spark3d.config import (
     FinetuneRecipe,
     changed_keys,
     dump_yaml,
-    find_recipe,
     load_recipe,
     to_tree,
 )
@@ -47,22 +45,8 @@ from spark3d.data.store import Store
 from spark3d.engine.logging import set_up_logging
 from spark3d.engine.progress import step_progress
 from spark3d.errors import ConfigError, DataError, EnvironmentProblem, Interrupted
-from spark3d.weights.exchange import load_encoder
-from spark3d.weights.passport import Passport
 
 log = logging.getLogger(__name__)
-
-SCRATCH = "scratch"
-FREE = ("split.labels", "split.subset_seed")
-"""Keys that the study sets for every job."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """One arm: its encoders (one per pre-training seed, taken in turn); none for scratch."""
-
-    arm: str
-    encoders: tuple[tuple[Path, Passport], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +72,7 @@ def label_efficiency_command(
     shard: str | None = None,
     tolerance_mm: float = 2.0,
     allow_overlap: bool = False,
+    rates: Sequence[str] = (),
     console: Console | None = None,
 ) -> Outcome:
     """Run what is missing of a study (or of a share of it), then write its tables.
@@ -103,11 +88,13 @@ def label_efficiency_command(
         overrides: `section.key=value`, for all jobs.
         volumes: the files a store was prepared from, to score on the original grid; a folder of
             volumes given as `data` is that already.
-        scratch: compare with a start from scratch; else with the first encoder.
+        scratch: compare with a start from scratch (alone, without encoders); else with the first
+            encoder.
         jobs: at once, each in a process of its own, sharing the cores.
         shard: "i/n": only this share of the jobs.
         tolerance_mm: of the surface Dice.
         allow_overlap: go on although held-out volumes were seen in pre-training.
+        rates: `NAME=RATE`, learning rates of single arms, for starts that were tuned apart.
         console: where results are printed.
 
     Raises:
@@ -121,7 +108,7 @@ def label_efficiency_command(
     share = parse_shard(shard)
     if jobs < 1 or subsets < 1:
         raise ConfigError(f"{jobs} jobs at once, {subsets} subsets: both must be 1 or more")
-    starts = read_starts(encoders, scratch)
+    starts = with_rates(read_starts(encoders, scratch), rates)
     base = base_recipe(recipe, overrides, starts)
     store, volumes = prepared(data, out, volumes, base, share is not None)
     parts = split_cases(base.split, store.cases)
@@ -138,59 +125,6 @@ def label_efficiency_command(
     if done:
         report_command([out], out / "report.html", f"Label efficiency: {out.resolve().name}")
     return Outcome(done, len(plan), out)
-
-
-def read_starts(encoders: Sequence[str], scratch: bool) -> list[Start]:
-    """The arms in the order given, scratch first.
-
-    Raises:
-        ConfigError: nothing to compare, or a name that cannot stand in a file name.
-        DataError: weights that are absent or damaged.
-    """
-    found: dict[str, list[tuple[Path, Passport]]] = {}
-    for item in encoders:
-        name, equals, folder = item.partition("=")
-        if not equals or Path(item).exists():
-            name, folder = Path(item).resolve().name, item
-        if not re.fullmatch(r"[\w.+-]+", name) or name == SCRATCH:
-            raise ConfigError(
-                f"--encoder {item}: the name {name!r} must be letters, digits and -_.+ (and not "
-                f"{SCRATCH}); write NAME=RUN"
-            )
-        file = encoder_file(Path(folder))
-        found.setdefault(name, []).append((file, load_encoder(file)[1]))
-    starts = [Start(SCRATCH)] if scratch else []
-    starts += [Start(name, tuple(pairs)) for name, pairs in found.items()]
-    if len(starts) < 2:
-        raise ConfigError("nothing to compare: give --encoder RUN, or two without scratch")
-    return starts
-
-
-def base_recipe(
-    name: str | None, overrides: tuple[str, ...], starts: Sequence[Start]
-) -> FinetuneRecipe:
-    """The recipe of all jobs, with the network, spacing and window of the encoders.
-
-    Raises:
-        ConfigError: encoders of different networks or inputs, or keys that the study sets itself.
-    """
-    taken = [o for o in overrides if o.partition("=")[0].strip() in FREE]
-    if taken:
-        raise ConfigError(f"{taken[0]}: the study sets it; use --labels and --subsets")
-    path = find_recipe(name or usual_recipe(overrides), "finetune")
-    recipe = load_recipe(FinetuneRecipe, path, overrides)
-    passports = [passport for start in starts for _, passport in start.encoders]
-    plans = [plan_from_encoder(recipe, passport)[0] for passport in passports]
-    for passport, plan in zip(passports, plans, strict=True):
-        if different := changed_keys(plans[0], plan):
-            raise ConfigError(
-                f"the encoders ask for different {', '.join(different)} ({passport.backbone} and "
-                f"{passports[0].backbone}), so they share no start from scratch: set the keys in "
-                "the recipe, or make one study for each"
-            )
-    if plans[0].split.labels is not None:
-        raise ConfigError("the recipe sets split.labels; the study does: use --labels")
-    return plans[0]
 
 
 def prepared(
@@ -301,14 +235,13 @@ def plan_jobs(
     for subset in range(subsets):
         for count in counts:
             train = few_labels(ids, count, subset)
+            seed = recipe.seed + subset
             for start in starts:
                 file, passport = (
                     start.encoders[subset % len(start.encoders)] if start.encoders else (None, None)
                 )
                 sha = passport.sha256 if passport else None
-                plan.append(
-                    Job(start.arm, file, sha, count, subset, recipe.seed + subset, train, subset)
-                )
+                plan.append(Job(start.arm, file, sha, count, subset, seed, train, subset, start.lr))
     return plan
 
 

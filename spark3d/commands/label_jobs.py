@@ -43,6 +43,7 @@ class Job:
         seed: of the run: initial weights and crops.
         train: ids of the training cases.
         subset_seed: of the draw.
+        lr: learning rate; None takes that of the study's recipe.
     """
 
     arm: str
@@ -53,6 +54,7 @@ class Job:
     seed: int
     train: tuple[str, ...]
     subset_seed: int
+    lr: float | None = None
 
     @property
     def key(self) -> str:
@@ -100,6 +102,7 @@ class Study:
         return {
             "recipe": self.digest,
             "encoder": job.encoder_sha256,
+            "lr": job.lr,
             "seed": job.seed,
             "train": list(job.train),
             "validation": list(self.validation),
@@ -118,7 +121,8 @@ class Study:
             return False
         try:
             known = json.loads(result.read_text("utf-8"))["identity"]
-            before = {key: known[key] for key in self.identity(job)}
+            before = {"lr": None, **known}
+            before = {key: before[key] for key in self.identity(job)}
         except (ValueError, KeyError, TypeError):
             raise ConfigError(f"{result} cannot be read; remove {result.parent}") from None
         different = [key for key, value in self.identity(job).items() if before[key] != value]
@@ -173,6 +177,7 @@ def overrides(study: Study, job: Job) -> tuple[str, ...]:
         f"seed={job.seed}",
         f"split.labels={job.labels}",
         f"split.subset_seed={job.subset_seed}",
+        *(() if job.lr is None else (f"optim.lr={job.lr}",)),
         *threads,
     )
 

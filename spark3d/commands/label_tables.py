@@ -58,6 +58,7 @@ def write_tables(study: Study, arms: Sequence[str], plan: Sequence[Job], console
         "jobs": len(plan),
         "done": len(done),
         "steps": load_recipe(FinetuneRecipe, study.recipe).optim.steps,
+        "rates": {job.arm: job.lr for job in plan if job.lr is not None},
         "grid": "of the prepared store" if study.volumes is None else "of the reference files",
         "tolerance_mm": study.tolerance_mm,
         "validation": list(study.validation),
@@ -113,10 +114,18 @@ def page(study: ReadStudy) -> str:
         f"{facts['done']} of {facts['jobs']} jobs of {facts['steps']} steps each, scored on "
         f"{len(facts['validation'])} cases on the grid {facts['grid']}. Mean ± SD over "
         "subsets of the mean over cases; differences are paired subset by subset, with "
-        "t-intervals.\n\n"
+        f"t-intervals. {own_rates(facts)}".rstrip()
+        + "\n\n"
     )
     notes = "".join(f"- {line}\n" for line in warnings(study))
     return head + (notes + "\n" if notes else "") + markdown(study.jobs, study.arms, SHOWN)
+
+
+def own_rates(facts: Mapping[str, Any]) -> str:
+    """The starts that do not learn at the recipe's rate, for a reader; empty if all do."""
+    rates = facts.get("rates", {})
+    told = ", ".join(f"{arm} {rate:g}" for arm, rate in rates.items())
+    return f"Learning rates of their own: {told}." if told else ""
 
 
 def warnings(study: ReadStudy) -> list[str]:
@@ -126,7 +135,7 @@ def warnings(study: ReadStudy) -> list[str]:
     if facts["done"] < facts["jobs"]:
         lines.append(f"Not finished: {facts['done']} of {facts['jobs']} jobs.")
     changes = [p.change for p in points(study.jobs, study.arms, "dice") if p.change]
-    if (fewest := min((c.pairs for c in changes), default=0)) < 5:
+    if len(study.arms) > 1 and (fewest := min((c.pairs for c in changes), default=0)) < 5:
         lines.append(f"Only {fewest} pairs at some label count; 5 are the least to conclude from.")
     return lines
 

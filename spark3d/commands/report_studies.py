@@ -4,7 +4,14 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from spark3d.commands.label_tables import SHOWN, ReadStudy, label_points, read_study, warnings
+from spark3d.commands.label_tables import (
+    SHOWN,
+    ReadStudy,
+    label_points,
+    own_rates,
+    read_study,
+    warnings,
+)
 from spark3d.evaluation.efficiency import Point, organs_of, points, table_rows
 from spark3d.evaluation.tables import TITLES
 from spark3d.reports.efficiency import efficiency_chart
@@ -32,6 +39,9 @@ class StudyFolder:
             said = [_said(p) for p in found if p.arm == arm and p.change and p.change.pairs]
             if said:
                 parts.append(f"{arm} against {study.arms[0]}: {'; '.join(said)}.")
+        if len(study.arms) == 1:
+            means = [f"{p.mean:.3f} at {p.labels} labels" for p in found]
+            return f"{study.arms[0]}: mean Dice {'; '.join(means)}."
         return " ".join(parts) or f"{self.name}: no pair is finished yet."
 
 
@@ -55,9 +65,13 @@ def study_section(folder: StudyFolder) -> Study:
     study, facts = folder.study, folder.study.facts
     lead = (
         f"{facts['done']} fine-tunings of {facts['steps']} steps, scored on "
-        f"{len(facts['validation'])} cases on the grid {facts['grid']}. In a pair, only the start "
-        "differs: split, subset, crops and the weights that are not pre-trained are the same."
+        f"{len(facts['validation'])} cases on the grid {facts['grid']}."
     )
+    if len(study.arms) > 1:
+        lead += (
+            " In a pair, only the start differs: split, subset, crops and the weights that are not "
+            f"pre-trained are the same. {own_rates(facts)}"
+        ).rstrip()
     legend = tuple((arm, number) for number, arm in enumerate(study.arms))
     chart = Chart(
         f"{folder.name}: mean Dice over labels", efficiency_chart(label_points(study), study.arms),

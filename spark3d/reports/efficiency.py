@@ -34,7 +34,7 @@ class LabelPoint:
 
 
 def efficiency_chart(points: Sequence[LabelPoint], arms: Sequence[str]) -> str:
-    """Two panels as inline `<svg>` in the page's colours."""
+    """Scores, and changes where there are two arms, as inline `<svg>` in the page's colours."""
     return to_svg(_draw(points, arms, {}), "mean Dice over the number of labels")
 
 
@@ -47,8 +47,8 @@ def save_chart(points: Sequence[LabelPoint], arms: Sequence[str], path: Path) ->
 
 def _draw(points: Sequence[LabelPoint], arms: Sequence[str], colours: Mapping[str, str]) -> Figure:
     """`colours` replaces the stand-ins of the page; with any, there is a legend."""
-    figure = Figure((10.6, 3.7), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure((10.6 if len(arms) > 1 else 5.3, 3.7), layout="constrained")
+    left, *rest = figure.subplots(1, 2 if len(arms) > 1 else 1, squeeze=False)[0]
     counts = sorted({p.labels for p in points})
     for number, arm in enumerate(arms):
         colour = RUNS[number % len(RUNS)]
@@ -58,11 +58,12 @@ def _draw(points: Sequence[LabelPoint], arms: Sequence[str], colours: Mapping[st
         at = [p.labels * shift for p in mine]
         _series(left, at, [(p.mean, p.low, p.high) for p in mine], colour, arm)
         changed = [(x, p.change) for x, p in zip(at, mine, strict=True) if p.change]
-        if changed:
+        for right in rest if changed else ():
             _series(right, [x for x, _ in changed], [c for _, c in changed], colour, arm)
-    right.axhline(0, color=colours.get(FAINT, FAINT), lw=1)
-    for ax, title in ((left, "mean Dice"), (right, f"change against {arms[0]}")):
-        _frame(ax, counts, title, colours)
+    _frame(left, counts, "mean Dice", colours)
+    for right in rest:
+        right.axhline(0, color=colours.get(FAINT, FAINT), lw=1)
+        _frame(right, counts, f"change against {arms[0]}", colours)
     if colours:
         left.legend(frameon=False, fontsize=9, labelcolor=colours[INK])
     return figure

@@ -15,8 +15,8 @@ from spark3d.commands.label_efficiency import (
     label_efficiency_command,
     parse_shard,
     plan_jobs,
-    read_starts,
 )
+from spark3d.commands.label_starts import read_starts
 from spark3d.commands.report import report_command
 from spark3d.commands.splitting import SplitCases
 from spark3d.config import FinetuneRecipe, load_recipe
@@ -192,6 +192,9 @@ def test_pre_training_seeds_of_one_name_take_turns(pretrained: Path, store: Path
         ({"overrides": (*TINY, "split.labels=1")}, "use --labels"),
         ({"jobs": 0}, "1 or more"),
         ({"shard": "4/3"}, "i/n"),
+        ({"rates": ["pr=0.1"]}, "--lr pr=0.1: write NAME=RATE .* scratch, pre"),
+        ({"rates": ["pre=fast"]}, "a rate above 0"),
+        ({"rates": ["pre=-1"]}, "a rate above 0"),
         ({"overrides": (*TINY, "model.backbone=monai/dynunet")}, "encoder is monai/segresnet"),
     ],
 )
@@ -211,15 +214,66 @@ def test_another_study_does_not_mix_in(finished: Path, store: Path, pretrained: 
         study(store, finished, pretrained, labels=[1], tolerance_mm=3.0)
 
 
+def test_starts_can_have_learning_rates_of_their_own(
+    finished: Path, store: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "study"
+    study(store, out, pretrained, labels=[1], subsets=1, rates=["pre=0.02"])
+    usual = load_recipe(FinetuneRecipe, finished / "recipe.yaml").optim.lr
+    rates = {
+        arm: load_recipe(
+            FinetuneRecipe, out / "jobs" / f"{arm}-n1-s0" / "run" / "recipe.yaml"
+        ).optim.lr
+        for arm in ("scratch", "pre")
+    }
+    assert rates == {"scratch": usual, "pre": 0.02}
+    found = {line["arm"]: line for line in lines(out)}
+    before = {line["arm"]: line for line in lines(finished) if line["subset"] == 0}
+    assert found["scratch"]["cases"] == before["scratch"]["cases"]
+    assert "Learning rates of their own: pre 0.02." in (out / "label_efficiency.md").read_text()
+    assert "pre 0.02" in (out / "report.html").read_text()
+    with pytest.raises(ConfigError, match="job with another lr"):
+        study(store, out, pretrained, labels=[1], subsets=1)
+
+
+def test_results_from_before_there_were_such_rates_still_count(
+    finished: Path, store: Path, pretrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in finished.glob("jobs/*/result.json"):
+        line = json.loads(file.read_text())
+        del line["identity"]["lr"]
+        file.write_text(json.dumps(line))
+    monkeypatch.setattr("spark3d.commands.label_efficiency.run_job", lambda *_: 1 / 0)
+    assert study(store, finished, pretrained, labels=[1]).done == 4
+
+
+def test_a_start_alone_gives_a_curve_without_comparisons(store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    label_efficiency_command(
+        store, out, [], [1, 2], subsets=1, overrides=TINY, console=Console(quiet=True)
+    )
+    assert [(line["arm"], line["labels"]) for line in lines(out)] == [
+        ("scratch", 1),
+        ("scratch", 2),
+    ]
+    text = (out / "label_efficiency.md").read_text()
+    assert "minus" not in text
+    assert "pairs" not in text
+    page = (out / "report.html").read_text()
+    assert "In a pair" not in page
+    assert "no pair is finished" not in page
+    assert "scratch: mean Dice" in page
+
+
 def test_shares_of_volumes_need_them_prepared(volumes: Path, pretrained: Path, out: Path) -> None:
     with pytest.raises(ConfigError, match="first run spark3d prepare"):
         study(volumes, out, pretrained, shard="1/2")
     assert not out.exists()
 
 
-def test_there_must_be_something_to_compare(pretrained: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nothing to compare"):
-        read_starts([], scratch=True)
+def test_there_must_be_something_to_start_from(pretrained: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing to start from"):
+        read_starts([], scratch=False)
     with pytest.raises(ConfigError, match="the name 'scratch'"):
         read_starts([f"scratch={pretrained}"], scratch=True)
     with pytest.raises(DataError, match=r"encoder\.safetensors not found"):

@@ -295,4 +295,4 @@ def best_rate(arm: str, options: argparse.Namespace) -> float:
     if any(len(scores.get(lr, ())) < len(TUNING_SUBSETS) for lr in RATES):
         missing = f"tuning of {arm} at {options.steps} steps is not finished"
         raise SystemExit(f"{missing}: run --stages tune, or name a --rate")
-    return max(RATES, key=lambda lr: sum(scores[lr]))
+    return max(RATES, key=lambda lr: statistics.mean(scores[lr]))

@@ -82,7 +82,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
                         default=("resnet50", "convnext_tiny"))  # fmt: skip
     parser.add_argument("--precisions", type=listed(PRECISIONS), default=tuple(PRECISIONS))
     parser.add_argument("--crop", type=int, default=96, help="voxels per axis, of 32 each")
-    parser.add_argument("--batch", type=int, default=8, help="crops; checks take two at most")
+    parser.add_argument("--batch", type=int, default=16, help="crops; checks take two at most")
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing per comparison")
     parser.add_argument("--minutes", type=float, default=1e9, help="nothing begins after so many")
     options = parser.parse_args(words)

@@ -76,7 +76,7 @@ class OnGrid(nn.Module):
         sites = self.active.sites(x.shape[1:-1])
         values = norm(x[sites])
         out = torch.zeros_like(x)
-        out[sites] = values
+        out[sites] = values.to(out.dtype)  # CUDA's autocast normalises in float32
         return out
 
 

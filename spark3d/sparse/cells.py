@@ -3,7 +3,8 @@
 Layout. A packed tensor has shape `(b * v, c, *cell)`, sorted by sample, then by cell in C order,
 and is stored channels-last: one *row* holds all channels of one site, its number is
 `cell * sites_per_cell + site`. A table holds row numbers; the number one past the end stands for a
-site that is hidden or outside the crop. Tables are built on the CPU and remembered by the mask.
+site that is hidden or outside the crop. Tables are built where they are used, and remembered by
+the mask.
 """
 
 from collections.abc import Sequence
@@ -11,10 +12,11 @@ from math import prod
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
-from spark3d.sparse.gather import Table, gather
+from spark3d.sparse.gather import Table, gather, to_device
 from spark3d.sparse.geometry import GeometryError
 from spark3d.sparse.mask import CellMask
 
@@ -105,9 +107,13 @@ def halo_table(mask: CellMask, cell: Sequence[int], span: Span, device: torch.de
     """
     key = ("halo", tuple(cell), span, device)
     n_rows = mask.batch * mask.n_visible * prod(cell)
-    return mask.remember(
-        key, lambda: Table(halo_index(mask, cell, span).reshape(-1), n_rows, device)
-    )
+
+    def build() -> Table:
+        index = halo_index(mask, cell, span, device)
+        read = [torch.arange(n) for n in span.length]
+        return Table(index.reshape(-1), n_rows, lambda: _visible_reads(mask, cell, span, read))
+
+    return mask.remember(key, build)
 
 
 def column_table(
@@ -124,28 +130,36 @@ def column_table(
     n_rows = mask.batch * mask.n_visible * prod(cell)
 
     def build() -> Table:
-        index = halo_index(mask, cell, span)
+        index, read = halo_index(mask, cell, span, device), []
         for axis, (k, s, d) in enumerate(zip(*window, strict=True), start=1):
             index = index.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
-        return Table(index.reshape(-1), n_rows, device)
+            sites = torch.arange(span.length[axis - 1])
+            read.append(sites.unfold(0, d * (k - 1) + 1, s)[..., ::d].flatten())
+        return Table(index.reshape(-1), n_rows, lambda: _visible_reads(mask, cell, span, read))
 
     return mask.remember(("columns", tuple(cell), span, window, device), build)
 
 
-def halo_index(mask: CellMask, cell: Sequence[int], span: Span) -> Int[Tensor, "n *length"]:
-    """The rows of `halo_table`, by cell and site."""
-    where = mask.host.nonzero()
-    n_cells, sites, axes = where.shape[0], prod(cell), len(cell)
-    reach = [_reach(*axis) for axis in zip(span.before, span.length, cell, strict=True)]
+def halo_index(
+    mask: CellMask, cell: Sequence[int], span: Span, device: torch.device
+) -> Int[Tensor, "n *length"]:
+    """The rows of `halo_table`, by cell and site. The host says which cells are neighbours, the
+    device counts sites: they can be millions.
+    """
+    cells = mask.host.nonzero()
+    n_cells, sites, axes = cells.shape[0], prod(cell), len(cell)
+    reach = _reach(cell, span)
     sides = [g + lo + hi for g, (lo, hi) in zip(mask.grid, reach, strict=True)]
     rank = torch.full((mask.batch, *sides), n_cells * sites)
     inner = tuple(slice(lo, lo + g) for g, (lo, _) in zip(mask.grid, reach, strict=True))
     rank[(slice(None), *inner)][mask.host] = torch.arange(n_cells) * sites
-    neighbour, local = where[:, 0].view(-1, *(1,) * axes), torch.zeros((1,) * (axes + 1)).long()
+    where, rank = to_device(cells, device), to_device(rank, device)
+    neighbour = where[:, 0].view(-1, *(1,) * axes)
+    local = where.new_zeros((1,) * (axes + 1))
     for axis, (before, length, side) in enumerate(
         zip(span.before, span.length, cell, strict=True), start=1
     ):
-        offset = torch.arange(length) - before
+        offset = torch.arange(length, device=device) - before
         step = torch.div(offset, side, rounding_mode="floor")
         along = where[:, axis, None] + step + reach[axis - 1][0]
         shape = [length if a == axis else 1 for a in range(1, axes + 1)]
@@ -155,28 +169,49 @@ def halo_index(mask: CellMask, cell: Sequence[int], span: Span) -> Int[Tensor, "
     return found.add_(local.masked_fill(found == n_cells * sites, 0))
 
 
+def _visible_reads(mask: CellMask, cell: Sequence[int], span: Span, read: Sequence[Tensor]) -> int:
+    """How many of the sites that all cells read are visible.
+
+    Args:
+        read: per axis the sites of `span` that one cell reads, as often as it reads them.
+    """
+    reach = _reach(cell, span)
+    found = F.pad(mask.host.long(), [n for pair in reversed(reach) for n in pair])
+    for axis, (sites, before, side, (first, _), cells) in enumerate(
+        zip(read, span.before, cell, reach, mask.grid, strict=True), start=1
+    ):
+        step = torch.div(sites - before, side, rounding_mode="floor")
+        times = zip(*(n.tolist() for n in step.unique(return_counts=True)), strict=True)
+        shifted = [n * found.narrow(axis, first + s, cells) for s, n in times]
+        found = torch.stack(shifted).sum(0)
+    return int(found[mask.host].sum())
+
+
 def _both_ways(mask: CellMask, cell: tuple[int, ...], device: torch.device) -> tuple[Table, Table]:
     """The tables of packing and unpacking: no row is named twice, each is the other's adjoint."""
 
     def build() -> tuple[Table, Table]:
-        size, where = full_size(mask, cell), mask.host.nonzero()
+        size, where = full_size(mask, cell), to_device(mask.host.nonzero(), device)
         axes = len(cell)
         index = where[:, 0].view(-1, *(1,) * axes)
         for axis, (sites, side) in enumerate(zip(size, cell, strict=True), start=1):
             shape = [side if a == axis else 1 for a in range(1, axes + 1)]
-            along = where[:, axis, None] * side + torch.arange(side)
+            along = where[:, axis, None] * side + torch.arange(side, device=device)
             index = index * sites + along.view(-1, *shape)
         there = index.reshape(-1)
         n_dense, n_rows = mask.batch * prod(size), len(there)
-        back = torch.full((n_dense,), n_rows)
-        back[there] = torch.arange(n_rows)
-        pair = Table(there, n_dense, device), Table(back, n_rows, device)
+        back = torch.full((n_dense,), n_rows, device=device)
+        back[there] = torch.arange(n_rows, device=device)
+        pair = Table(there, n_dense, lambda: n_rows), Table(back, n_rows, lambda: n_rows)
         pair[0].inverse, pair[1].inverse = pair[1], pair[0]
         return pair
 
     return mask.remember(("dense", cell, device), build)
 
 
-def _reach(before: int, length: int, side: int) -> tuple[int, int]:
-    """How many neighbouring cells a span touches on either side."""
-    return max(0, -(-before // side)), max(0, (length - before - 1) // side)
+def _reach(cell: Sequence[int], span: Span) -> list[tuple[int, int]]:
+    """How many neighbouring cells a span touches on either side of each axis."""
+    return [
+        (max(0, -(-before // side)), max(0, (length - before - 1) // side))
+        for before, length, side in zip(span.before, span.length, cell, strict=True)
+    ]

@@ -85,8 +85,8 @@ class ConvCase(NamedTuple):
 
 
 def choose(case: ConvCase) -> Strategy:
-    """The way that was fastest for such a case on a CPU (docs/performance.md); on other devices
-    nobody has measured yet, so they take the same.
+    """The way that was fastest for such a case (docs/performance.md): on a CPU, and on a GPU, where
+    gathering every window never was.
     """
     if case.local:
         return "local"
@@ -94,9 +94,8 @@ def choose(case: ConvCase) -> Strategy:
         wide = any(n > 3 * p for n, p in zip(case.span.length, case.cell, strict=True))
         return "grid" if wide else "halo"
     sites = prod(case.out_cell)
-    if case.groups == 1 and (sites <= 2 or (sites <= 8 and case.channels >= 128)):
-        return "columns"
-    return "halo"
+    few = sites <= 2 or (sites <= 8 and case.channels >= 128)
+    return "columns" if few and case.groups == 1 and case.device == "cpu" else "halo"
 
 
 def convolve(

@@ -6,6 +6,7 @@ the order of the table, as one segment sum: the same bits on every run, and many
 adding one place at a time.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,31 +27,29 @@ class Table:
     """Row numbers to gather, and on first use the places that name each row, for the adjoint.
 
     Args:
-        index: row numbers in `[0, n_rows]` on the CPU; `n_rows` names the constant row.
+        index: row numbers in `[0, n_rows]`, where gathering happens; `n_rows` names the constant
+            row.
         n_rows: rows of the source.
-        device: where gathering happens.
+        named: tells how many places name a row of the source, not the constant. To count them in
+            `index` itself would make the host wait for the device.
 
     Attributes:
         inverse: the table that undoes this one, where no row is named twice.
     """
 
-    def __init__(self, index: Tensor, n_rows: int, device: torch.device) -> None:
-        self._host = index
+    def __init__(self, index: Tensor, n_rows: int, named: Callable[[], int]) -> None:
+        self.index = index
         self.n_rows = n_rows
-        self.index = to_device(index, device)
+        self.named = named
         self.inverse: Table | None = None
         self._places: tuple[Tensor, Tensor] | None = None
 
     def places(self) -> tuple[Tensor, Tensor]:
         """Places of the table sorted by the row they name, and where each row's places begin."""
         if self._places is None:
-            order = self._host.argsort(stable=True)
-            count = torch.bincount(self._host, minlength=self.n_rows + 1)
-            begin = torch.cat([count.new_zeros(1), count.cumsum(0)])[: self.n_rows + 1]
-            order = order[: int(begin[-1])]
-            device = self.index.device
-            begin = begin[: self.n_rows].contiguous()
-            self._places = to_device(order, device), to_device(begin, device)
+            rows, order = self.index.sort(stable=True)
+            begin = torch.searchsorted(rows, torch.arange(self.n_rows, device=rows.device))
+            self._places = order[: self.named()], begin
         return self._places
 
     def gather(self, rows: Tensor, fill: float = 0.0) -> Tensor:

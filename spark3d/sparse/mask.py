@@ -31,7 +31,7 @@ class CellMask:
         cell_size: voxels of a cell, one number per axis.
         n_visible: visible cells of one sample (counted here unless given, which costs a device
             synchronisation).
-        host: the same map on the CPU, from which index tables are built.
+        host: the same map on the CPU: what is counted in it makes no device wait.
         tables: the index tables built so far, see `remember`.
     """
 

@@ -7,6 +7,8 @@ outside, and then needs no padding.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import product
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -134,11 +136,39 @@ class _MaxPool(torch.autograd.Function):
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        with torch.enable_grad():
-            wide = _MaxPool.wide(ctx, x).requires_grad_()
-            (d_wide,) = torch.autograd.grad(_MaxPool.pool(ctx, wide), wide, grads[0])
+        wide = _MaxPool.wide(ctx, x)
+        if x.is_cuda:  # PyTorch's own gradient adds in whatever order the threads arrive
+            d_wide = max_pool_gradient(wide, grads[0], *ctx.window)
+        else:
+            with torch.enable_grad():
+                wide.requires_grad_()
+                (d_wide,) = torch.autograd.grad(_MaxPool.pool(ctx, wide), wide, grads[0])
         d_x = as_cells(ctx.table.scatter(to_rows(d_wide)), x.shape[0], x.shape[2:])
         return d_x, None, None, None, None, None
+
+
+def max_pool_gradient(
+    wide: Float[Tensor, "n c *sites"],
+    grad: Float[Tensor, "n c *out_cell"],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+) -> Float[Tensor, "n c *sites"]:
+    """Gradient of an unpadded max pooling with respect to `wide`, one place of the window after the
+    other: the same bits on every run. Windows that hold nothing but minus infinity pass none on.
+    """
+    sites = wide.shape[2:]
+    y, winner = MAX_POOL[len(sites)](wide, kernel, stride, dilation=dilation, return_indices=True)
+    grad = grad.masked_fill(y == -torch.inf, 0)
+    number = torch.arange(prod(sites), device=wide.device).view(sites)
+    found = torch.zeros_like(wide)
+    for place in product(*map(range, kernel)):
+        windows = tuple(
+            slice(d * o, d * o + (q - 1) * s + 1, s)
+            for o, d, s, q in zip(place, dilation, stride, y.shape[2:], strict=True)
+        )
+        found[(..., *windows)] += torch.where(winner == number[windows], grad, 0)
+    return found
 
 
 def avg_pool(
@@ -160,7 +190,10 @@ def avg_pool(
     if aligned and not any(padding):
         return pool(x, kernel, stride)
     whole_cells(x.shape[2:], stride)
-    y = pool(unpack(x, layout.mask), kernel, stride, padding, ceil_mode, count_include_pad)
+    full = unpack(x, layout.mask)
+    if x.is_cuda:  # PyTorch's gradient of padded channels-last maps is wrong there (its #188344)
+        full = full.contiguous()
+    y = pool(full, kernel, stride, padding, ceil_mode, count_include_pad)
     check_pooled(dense_size(x, layout), y.shape[2:], stride)
     return pack(y, layout.mask)
 
@@ -186,7 +219,7 @@ def group_norm(
 
 
 class _GroupNorm(torch.autograd.Function):
-    """PyTorch's own group norm of one long channels-last map per sample, returned as cells."""
+    """PyTorch's own group norm of one long map per sample, returned as cells."""
 
     @staticmethod
     def forward(
@@ -213,8 +246,11 @@ class _GroupNorm(torch.autograd.Function):
 
     @staticmethod
     def long(x: Tensor, batch: int) -> Tensor:
-        """`(b, c, visible sites, 1)`, channels-last, wide enough for statistics."""
-        return at_least_float32(to_rows(x).view(batch, -1, 1, x.shape[1]).movedim(-1, 1))
+        """`(b, c, visible sites, 1)`, wide enough for statistics, stored as the device's kernel
+        takes it: channels-last on the CPU, channels first elsewhere.
+        """
+        wide = at_least_float32(to_rows(x).view(batch, -1, 1, x.shape[1]).movedim(-1, 1))
+        return wide if x.device.type == "cpu" else wide.contiguous()
 
     @staticmethod
     @once_differentiable

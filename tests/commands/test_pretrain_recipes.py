@@ -40,11 +40,17 @@ MEDNEXT = (
     "model.options.blocks_up=[1, 1, 1, 1]",
     "model.options.blocks_bottleneck=1",
 )
+DYNUNET = (
+    "model.options.filters=[4, 8, 16]",
+    "model.options.kernel_size=[3, 3, 3]",
+    "model.options.strides=[1, 2, 2]",
+)
 SMALL_NETWORK = {
     "timm/resnet50": RESNET,
     "timm/convnext_small": CONVNEXT,
     "timm/convnext_base": CONVNEXT,
     "monai/segresnet": SEGRESNET,
+    "monai/dynunet": DYNUNET,
     "monai/mednext_s": MEDNEXT,
     "monai/resnet50": ("model.options.widen_factor=0.125",),
 }
@@ -104,6 +110,18 @@ def test_a_recipe_runs_for_two_steps_when_shrunk(
             assert found.ratio == wanted.ratio
         else:
             assert found == wanted
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_runs_for_two_steps_on_a_gpu(
+    name: str, precision: str, store: Path, images: Path, tmp_path: Path
+) -> None:
+    recipe = RECIPES[name]
+    data = images if recipe.dims == 2 else store
+    on_gpu = ("compute.accelerator=cuda", "compute.workers=2", f"optim.precision={precision}")
+    two_steps(name, data, tmp_path / "run", *shrunk(recipe), *on_gpu)
 
 
 @pytest.mark.parametrize("name", ["localmim_segresnet_3d", "a2mim_segresnet_3d"])

@@ -21,7 +21,7 @@ def draw_mask(
 
 
 def run_both(
-    layer: nn.Module, x: Tensor, mask: CellMask, out_seed: int = 1
+    layer: nn.Module, x: Tensor, mask: CellMask, out_seed: int = 1, device: str = "cpu"
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Outputs and gradients of a layer, by name, on the reference and on packed cells.
 
@@ -29,7 +29,8 @@ def run_both(
     visible.
     """
     slot = MaskSlot()
-    sparsify(layer, slot)
+    sparsify(layer.to(device), slot)
+    x, mask = x.to(device), mask.to(device)
     keep = mask.at(x.shape[2:])
     noisy = torch.where(keep, x, 1e3 * torch.randn_like(x)).requires_grad_()
     cells = pack(x, mask).detach().requires_grad_()
@@ -47,7 +48,7 @@ def run_both(
         dense = functional.hide(dense, mask)
         weights = torch.randn(
             dense.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(out_seed)
-        )
+        ).to(device)
         (dense * weights).sum().backward()
         grad = given.grad if given is noisy else unpack(given.grad, mask)
         found = {"output": dense.detach(), "input gradient": grad}
@@ -62,10 +63,10 @@ def run_both(
 
 
 def assert_both_equal(
-    layer: nn.Module, x: Tensor, mask: CellMask, tolerance: float = 1e-10
+    layer: nn.Module, x: Tensor, mask: CellMask, tolerance: float = 1e-10, device: str = "cpu"
 ) -> None:
     """Outputs, gradients and buffers of both backends agree to rounding."""
-    reference, fast = run_both(layer, x, mask)
+    reference, fast = run_both(layer, x, mask, device=device)
     assert reference.keys() == fast.keys()
     scale = max(float(v.abs().max()) for v in reference.values())
     for name, expected in reference.items():

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from both_backends import assert_both_equal, draw_mask, run_both
+from hypothesis import given
+from hypothesis import strategies as st
 from timm.layers.drop import DropPath
 from timm.layers.grn import GlobalResponseNorm
 from timm.layers.norm_act import BatchNormAct2d
@@ -47,12 +49,18 @@ CONVOLUTIONS = {
 }
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+devices = pytest.mark.parametrize("device", DEVICES)
+
+
 @dims
+@devices
 @pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
-def test_convolutions(ndim: int, options: dict) -> None:
+def test_convolutions(ndim: int, options: dict, device: str) -> None:
     x, mask = make_input(ndim, 4)
     out = 4 if options.get("groups") == 4 else 6
-    assert_both_equal(CONV[ndim](4, out, **options, dtype=torch.float64), x, mask)
+    layer = CONV[ndim](4, out, **options, dtype=torch.float64)
+    assert_both_equal(layer, x, mask, device=device)
 
 
 def test_strides_and_kernels_per_axis() -> None:
@@ -116,13 +124,14 @@ POOLS = {
 
 
 @dims
+@devices
 @pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
-def test_pools(ndim: int, pool: object) -> None:
+def test_pools(ndim: int, pool: object, device: str) -> None:
     x, mask = make_input(ndim, 3)
     layer = pool(ndim)  # type: ignore[operator]
     if "Adaptive" in type(layer).__name__:
         layer = Gate(layer)
-    assert_both_equal(layer, x, mask)
+    assert_both_equal(layer, x, mask, device=device)
 
 
 class Gate(nn.Module):
@@ -150,14 +159,15 @@ NORMS = {
 
 
 @dims
+@devices
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
-def test_norms(ndim: int, training: bool, norm: object) -> None:
+def test_norms(ndim: int, training: bool, norm: object, device: str) -> None:
     x, mask = make_input(ndim, 4)
     layer = norm(ndim).double().train(training)  # type: ignore[operator]
     for parameter in layer.parameters():
         nn.init.normal_(parameter, 1.0, 0.5)
-    assert_both_equal(layer, x, mask)
+    assert_both_equal(layer, x, mask, device=device)
 
 
 @dims
@@ -252,6 +262,26 @@ def test_drop_path_is_drawn_per_sample() -> None:
     assert set().union(*levels) == {2.0}
 
 
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+@given(data=st.data())
+def test_max_pools_own_gradient_is_pytorchs(ndim: int, data: st.DataObject) -> None:
+    """With windows of minus infinity only, and no two sites alike."""
+    draw = st.tuples(*[st.integers(1, 3)] * ndim)
+    kernel, stride, dilation, more = (data.draw(draw) for _ in range(4))
+    sites = [
+        d * (k - 1) + 1 + s * m for k, s, d, m in zip(kernel, stride, dilation, more, strict=True)
+    ]
+    wide = torch.randperm(2 * 3 * math.prod(sites)).double().view(2, 3, *sites)
+    wide[wide < wide.max() / 3] = -torch.inf
+    wide.requires_grad_()
+    y = functional.MAX_POOL[ndim](wide, kernel, stride, dilation=dilation)
+    y = y.masked_fill(y == -torch.inf, 0)
+    grad = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, wide, grad)
+    found = packed.max_pool_gradient(wide.detach(), grad, kernel, stride, dilation)
+    torch.testing.assert_close(found, expected)
+
+
 def test_max_pool_treats_hidden_sites_as_absent() -> None:
     """Negative maxima survive next to hidden cells, where zeros would win."""
     mask = draw_mask((4, 4), (2, 2))
@@ -312,6 +342,7 @@ def test_columns_serve_tiny_cells() -> None:
         Span((1,) * 3, (3,) * 3),
     )
     assert choose(case) == "columns"
+    assert choose(case._replace(device="cuda")) == "halo"
     mask = draw_mask((3, 2, 3), (1, 1, 1))
     x = torch.randn(2, 3, *mask.size, dtype=torch.float64)
     assert_both_equal(nn.Conv3d(3, 5, 3, padding=1, dtype=torch.float64), x, mask)

@@ -61,12 +61,14 @@ def measure_pace(variants: dict[str, tuple[str, ...]], options: Namespace) -> di
     return known
 
 
-def steps_of(name: str, pace: dict[str, float], recipe: str) -> int:
-    """Steps of a variant in the time of the recipe's own pre-training."""
+def budget_of(name: str, pace: dict[str, float], recipe: str) -> tuple[str, str]:
+    """Steps of a variant in the time of the recipe's own pre-training; its share of warm-up."""
     from spark3d.config import PretrainRecipe, find_recipe, load_recipe
 
-    steps = load_recipe(PretrainRecipe, find_recipe(recipe, "pretrain")).optim.steps
-    return max(1, round(steps * pace["pre"] / pace[name]))
+    optim = load_recipe(PretrainRecipe, find_recipe(recipe, "pretrain")).optim
+    steps = max(1, round(optim.steps * pace["pre"] / pace[name]))
+    warmup = max(1, round(steps * optim.warmup / optim.steps))
+    return f"optim.steps={steps}", f"optim.warmup={warmup}"
 
 
 def jobs_of(stage: str, variants: list[str], options: Namespace) -> list[Job]:
@@ -101,9 +103,7 @@ def main() -> None:
             pace = json.loads((options.work / "pace.json").read_text())
 
             def run(name: str, seed: int) -> None:
-                steps = steps_of(name, pace, options.recipe)
-                warmup = f"optim.warmup={max(1, steps // 10)}"
-                changes = (*chosen[name], f"optim.steps={steps}", warmup)
+                changes = (*chosen[name], *budget_of(name, pace, options.recipe))
                 pretrain(options.work, seed, options.recipe, options.precision, name, changes)
 
             pairs = [(name, seed) for name in chosen for seed in PRETRAIN_SEEDS]

@@ -68,9 +68,11 @@ def study_section(folder: StudyFolder) -> Study:
         f"{len(facts['validation'])} cases on the grid {facts['grid']}."
     )
     if len(study.arms) > 1:
+        rates = own_rates(facts)
+        differs = "the start and its learning rate differ" if rates else "only the start differs"
         lead += (
-            " In a pair, only the start differs: split, subset, crops and the weights that are not "
-            f"pre-trained are the same. {own_rates(facts)}"
+            f" In a pair, {differs}: split, subset, crops and the weights that are not "
+            f"pre-trained are the same. {rates}"
         ).rstrip()
     legend = tuple((arm, number) for number, arm in enumerate(study.arms))
     chart = Chart(

@@ -231,7 +231,9 @@ def test_starts_can_have_learning_rates_of_their_own(
     before = {line["arm"]: line for line in lines(finished) if line["subset"] == 0}
     assert found["scratch"]["cases"] == before["scratch"]["cases"]
     assert "Learning rates of their own: pre 0.02." in (out / "label_efficiency.md").read_text()
-    assert "pre 0.02" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "the start and its learning rate differ" in page
+    assert "pre 0.02" in page
     with pytest.raises(ConfigError, match="job with another lr"):
         study(store, out, pretrained, labels=[1], subsets=1)
 

@@ -147,26 +147,43 @@ def halo_index(
     device counts sites: they can be millions.
     """
     cells = mask.host.nonzero()
-    n_cells, sites, axes = cells.shape[0], prod(cell), len(cell)
+    hidden = len(cells) * prod(cell)
     reach = _reach(cell, span)
     sides = [g + lo + hi for g, (lo, hi) in zip(mask.grid, reach, strict=True)]
-    rank = torch.full((mask.batch, *sides), n_cells * sites)
+    first = torch.full((mask.batch, *sides), hidden)  # row of every cell, with a margin
     inner = tuple(slice(lo, lo + g) for g, (lo, _) in zip(mask.grid, reach, strict=True))
-    rank[(slice(None), *inner)][mask.host] = torch.arange(n_cells) * sites
-    where, rank = to_device(cells, device), to_device(rank, device)
-    neighbour = where[:, 0].view(-1, *(1,) * axes)
-    local = where.new_zeros((1,) * (axes + 1))
-    for axis, (before, length, side) in enumerate(
-        zip(span.before, span.length, cell, strict=True), start=1
-    ):
-        offset = torch.arange(length, device=device) - before
+    first[(slice(None), *inner)][mask.host] = torch.arange(len(cells)) * prod(cell)
+    near, inside = [], []
+    for axis, (before, length, side) in enumerate(zip(span.before, span.length, cell, strict=True)):
+        offset = torch.arange(length) - before
         step = torch.div(offset, side, rounding_mode="floor")
-        along = where[:, axis, None] + step + reach[axis - 1][0]
-        shape = [length if a == axis else 1 for a in range(1, axes + 1)]
-        neighbour = neighbour * rank.shape[axis] + along.view(-1, *shape)
-        local = local * side + (offset - step * side).view(1, *shape)
-    found = rank.view(-1)[neighbour]
-    return found.add_(local.masked_fill(found == n_cells * sites, 0))
+        along = cells[:, axis + 1, None] + step + reach[axis][0]
+        near.append(along * prod(sides[axis + 1 :]))
+        inside.append((offset - step * side)[None] * prod(cell[axis + 1 :]))
+    near[0] += cells[:, :1] * prod(sides)
+    neighbour, local = _sums_over_axes([near, inside], device)
+    found = to_device(first, device).take(neighbour)
+    return found.add_(local.masked_fill(found == hidden, 0))
+
+
+def _sums_over_axes(parts: Sequence[Sequence[Tensor]], device: torch.device) -> list[Tensor]:
+    """For each list of `(n, sites)`, one an axis, their sums `(n, *sites)` on `device`, to which
+    the parts go in one copy.
+    """
+    flat = [part for axes in parts for part in axes]
+    there = to_device(torch.cat([part.flatten() for part in flat]), device)
+    moved = iter(there.split([part.numel() for part in flat]))
+    sums = []
+    for axes in parts:
+        total: Tensor | None = None
+        for axis, part in enumerate(axes):
+            shape = [1] * len(axes)
+            shape[axis] = part.shape[1]
+            term = next(moved).view(len(part), *shape)
+            total = term if total is None else total + term
+        assert total is not None
+        sums.append(total)
+    return sums
 
 
 def _visible_reads(mask: CellMask, cell: Sequence[int], span: Span, read: Sequence[Tensor]) -> int:
@@ -191,14 +208,13 @@ def _both_ways(mask: CellMask, cell: tuple[int, ...], device: torch.device) -> t
     """The tables of packing and unpacking: no row is named twice, each is the other's adjoint."""
 
     def build() -> tuple[Table, Table]:
-        size, where = full_size(mask, cell), to_device(mask.host.nonzero(), device)
-        axes = len(cell)
-        index = where[:, 0].view(-1, *(1,) * axes)
-        for axis, (sites, side) in enumerate(zip(size, cell, strict=True), start=1):
-            shape = [side if a == axis else 1 for a in range(1, axes + 1)]
-            along = where[:, axis, None] * side + torch.arange(side, device=device)
-            index = index * sites + along.view(-1, *shape)
-        there = index.reshape(-1)
+        size, cells = full_size(mask, cell), mask.host.nonzero()
+        along = [
+            (cells[:, axis + 1, None] * side + torch.arange(side)) * prod(size[axis + 1 :])
+            for axis, side in enumerate(cell)
+        ]
+        along[0] += cells[:, :1] * prod(size)
+        there = _sums_over_axes([along], device)[0].reshape(-1)
         n_dense, n_rows = mask.batch * prod(size), len(there)
         back = torch.full((n_dense,), n_rows, device=device)
         back[there] = torch.arange(n_rows, device=device)

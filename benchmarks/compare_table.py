@@ -4,6 +4,7 @@ python benchmarks/compare_table.py work/ --arms scratch pre localmim a2mim --fig
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -23,22 +24,22 @@ def run_of(work: Path, arm: str, seed: int) -> Path:
     return work / f"{'pretrain' if arm == 'pre' else arm}-seed{seed}"
 
 
-def losses(run: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Loss and seconds of every step of a pre-training."""
-    lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train"]
-    steps = [(line["loss"], line["seconds"]) for line in lines]
-    return np.array([loss for loss, _ in steps]), np.array([took for _, took in steps])
+def losses(run: Path) -> np.ndarray:
+    """Loss of every step of a pre-training."""
+    lines = read_metrics(run / "metrics.jsonl")
+    return np.array([line["loss"] for line in lines if line["kind"] == "train"])
 
 
 def print_pretraining(work: Path, arms: list[str]) -> None:
-    """Steps, loss at both ends and seconds a step of every pre-training."""
-    print("| arm | seed | steps | loss, first 50 steps | last 50 | median s a step |")
+    """The pace by which an arm got its steps, and the loss at both ends of every pre-training."""
+    pace = json.loads((work / "pace.json").read_text())
+    print("| arm | s a step, alone | seed | steps | loss, first 50 steps | last 50 |")
     print("|---|---|---|---|---|---|")
     for arm in arms:
         for seed in PRETRAIN_SEEDS:
-            loss, took = losses(run_of(work, arm, seed))
+            loss = losses(run_of(work, arm, seed))
             ends = f"{loss[:WINDOW].mean():.3f} | {loss[-WINDOW:].mean():.3f}"
-            print(f"| {arm} | {seed} | {len(loss)} | {ends} | {np.median(took):.2f} |")
+            print(f"| {arm} | {pace[arm]:.3g} | {seed} | {len(loss)} | {ends} |")
 
 
 def print_scores(work: Path, arms: list[str]) -> None:
@@ -66,7 +67,7 @@ def draw_losses(work: Path, arms: list[str], path: Path) -> None:
     figure = Figure((3.6 * len(arms), 3.0), layout="constrained")
     for ax, arm in zip(figure.subplots(1, len(arms), squeeze=False)[0], arms, strict=True):
         for seed in PRETRAIN_SEEDS:
-            loss = losses(run_of(work, arm, seed))[0]
+            loss = losses(run_of(work, arm, seed))
             smooth = np.convolve(loss, np.ones(WINDOW) / WINDOW, mode="valid")
             ax.plot(np.arange(WINDOW, len(loss) + 1), smooth, lw=1.4, label=f"seed {seed}")
         ax.set_title(arm, loc="left", fontsize=10)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
-from spark3d.sparse.gather import Table, gather, to_device
+from spark3d.sparse.gather import Table, gather, number_type, to_device
 from spark3d.sparse.geometry import GeometryError
 from spark3d.sparse.mask import CellMask
 
@@ -161,17 +161,21 @@ def halo_index(
         near.append(along * prod(sides[axis + 1 :]))
         inside.append((offset - step * side)[None] * prod(cell[axis + 1 :]))
     near[0] += cells[:, :1] * prod(sides)
-    neighbour, local = _sums_over_axes([near, inside], device)
-    found = to_device(first, device).take(neighbour)
+    kind = number_type(max(hidden, first.numel()))
+    neighbour, local = _sums_over_axes([near, inside], kind, device)
+    rows = to_device(first.flatten().to(kind), device)
+    found = rows.index_select(0, neighbour.flatten()).view(neighbour.shape)
     return found.add_(local.masked_fill(found == hidden, 0))
 
 
-def _sums_over_axes(parts: Sequence[Sequence[Tensor]], device: torch.device) -> list[Tensor]:
+def _sums_over_axes(
+    parts: Sequence[Sequence[Tensor]], kind: torch.dtype, device: torch.device
+) -> list[Tensor]:
     """For each list of `(n, sites)`, one an axis, their sums `(n, *sites)` on `device`, to which
     the parts go in one copy.
     """
     flat = [part for axes in parts for part in axes]
-    there = to_device(torch.cat([part.flatten() for part in flat]), device)
+    there = to_device(torch.cat([part.flatten() for part in flat]).to(kind), device)
     moved = iter(there.split([part.numel() for part in flat]))
     sums = []
     for axes in parts:
@@ -214,10 +218,11 @@ def _both_ways(mask: CellMask, cell: tuple[int, ...], device: torch.device) -> t
             for axis, side in enumerate(cell)
         ]
         along[0] += cells[:, :1] * prod(size)
-        there = _sums_over_axes([along], device)[0].reshape(-1)
-        n_dense, n_rows = mask.batch * prod(size), len(there)
-        back = torch.full((n_dense,), n_rows, device=device)
-        back[there] = torch.arange(n_rows, device=device)
+        n_dense, kind = mask.batch * prod(size), number_type(mask.batch * prod(size))
+        there = _sums_over_axes([along], kind, device)[0].flatten()
+        n_rows = len(there)
+        back = torch.full((n_dense,), n_rows, dtype=kind, device=device)
+        back[there] = torch.arange(n_rows, dtype=kind, device=device)
         pair = Table(there, n_dense, lambda: n_rows), Table(back, n_rows, lambda: n_rows)
         pair[0].inverse, pair[1].inverse = pair[1], pair[0]
         return pair

@@ -207,16 +207,26 @@ def hog_settings(section: LocalMIMSection, spacing_mm: object) -> HogSettings:
 
 def spark(section: SparKSection, net: Backbone, encoder: SparseEncoder) -> SparK:
     """SparK with its decoder at full resolution, or the light one that stops before it."""
+    width = section.decoder_width
     if section.decoder == "official":
-        width = OFFICIAL_WIDTH if section.decoder_width == "auto" else section.decoder_width
+        width = OFFICIAL_WIDTH if width == "auto" else width
         decoder = OfficialDecoder(net.strides, net.in_channels, width, section.decoder_norm)
     else:
-        width = LIGHT_WIDTH if section.decoder_width == "auto" else section.decoder_width
+        width = light_width(net.channels[-1]) if width == "auto" else width
         stop = None if section.stop_stride == "auto" else section.stop_stride
         decoder = LightDecoder(net.strides, net.in_channels, width, stop, section.decoder_norm)
     norm = densify_norm(net.network) if section.densify_norm == "auto" else section.densify_norm
     dense = Densify(net.channels, decoder.widths, net.ndim, norm, decoder.folds)
     return SparK(encoder, dense, decoder, section.eps, section.min_variance, section.flat_weight)
+
+
+def light_width(deepest: int) -> int:
+    """Width of the light decoder under an encoder whose last stage has `deepest` channels.
+
+    Half as many again, in steps of 32, but 256 at most. Beside a small encoder a wider one takes
+    most of the step, and in the same time the encoder learns no more (docs/results/decoders.md).
+    """
+    return min(LIGHT_WIDTH, -(-3 * deepest // 64) * 32)
 
 
 def network_kind(recipe: FinetuneRecipe) -> dict[str, Any]:

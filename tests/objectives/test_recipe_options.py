@@ -49,6 +49,14 @@ def test_options_of_every_objective_arrive() -> None:
     assert any(isinstance(m, GlobalBlock) for m in local.decoders.modules())
 
 
+def test_the_light_decoder_is_as_wide_as_its_encoder_needs() -> None:
+    """Half as many channels again as the deepest stage, 256 at most; or as many as are asked."""
+    found = [built(), built("objective.decoder_width=200"), built("objective.decoder=official")]
+    assert all(isinstance(spark, SparK) for spark in found)
+    assert [spark.decoder.widths[-1] for spark in found] == [64, 200, 768]  # type: ignore[attr-defined]
+    assert [build.light_width(c) for c in (16, 64, 128, 2048)] == [32, 96, 192, 256]
+
+
 def test_gradients_are_per_millimetre_where_voxels_are_no_cubes() -> None:
     """Only the ratio counts, histograms have unit length."""
     even = built("objective.name=localmim", "data.spacing_mm=[2.0, 2.0, 2.0]")

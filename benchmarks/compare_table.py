@@ -17,6 +17,8 @@ from spark3d.engine.logging import read_metrics
 STAGE = "pairs8"
 WINDOW = 50
 """Steps of the running mean of a loss."""
+POINTS = 300
+"""Of a line, about."""
 
 
 def run_of(work: Path, arm: str, seed: int) -> Path:
@@ -69,7 +71,9 @@ def draw_losses(work: Path, arms: list[str], path: Path) -> None:
         for seed in PRETRAIN_SEEDS:
             loss = losses(run_of(work, arm, seed))
             smooth = np.convolve(loss, np.ones(WINDOW) / WINDOW, mode="valid")
-            ax.plot(np.arange(WINDOW, len(loss) + 1), smooth, lw=1.4, label=f"seed {seed}")
+            every = slice(None, None, max(1, len(smooth) // POINTS))
+            steps = np.arange(WINDOW, len(loss) + 1)
+            ax.plot(steps[every], smooth[every], lw=1.4, label=f"seed {seed}")
         ax.set_title(arm, loc="left", fontsize=10)
         ax.set_xlabel("step", fontsize=9)
         ax.spines[["top", "right"]].set_visible(False)

@@ -16,7 +16,7 @@ from spark3d.engine.logging import read_metrics
 
 STAGE = "pairs8"
 WINDOW = 50
-"""Steps of the running mean of a loss."""
+"""Steps of the mean of a loss; of a short run a tenth of all."""
 POINTS = 300
 """Of a line, about."""
 
@@ -32,15 +32,21 @@ def losses(run: Path) -> np.ndarray:
     return np.array([line["loss"] for line in lines if line["kind"] == "train"])
 
 
+def window_of(loss: np.ndarray) -> int:
+    """Steps that are averaged."""
+    return max(1, min(WINDOW, len(loss) // 10))
+
+
 def print_pretraining(work: Path, arms: list[str]) -> None:
     """The pace by which an arm got its steps, and the loss at both ends of every pre-training."""
     pace = json.loads((work / "pace.json").read_text())
-    print("| arm | s a step, alone | seed | steps | loss, first 50 steps | last 50 |")
+    print("| arm | s a step, alone | seed | steps | loss at the start | at the end |")
     print("|---|---|---|---|---|---|")
     for arm in arms:
         for seed in PRETRAIN_SEEDS:
             loss = losses(run_of(work, arm, seed))
-            ends = f"{loss[:WINDOW].mean():.3f} | {loss[-WINDOW:].mean():.3f}"
+            window = window_of(loss)
+            ends = f"{loss[:window].mean():.3f} | {loss[-window:].mean():.3f}"
             print(f"| {arm} | {pace[arm]:.3g} | {seed} | {len(loss)} | {ends} |")
 
 
@@ -70,9 +76,10 @@ def draw_losses(work: Path, arms: list[str], path: Path) -> None:
     for ax, arm in zip(figure.subplots(1, len(arms), squeeze=False)[0], arms, strict=True):
         for seed in PRETRAIN_SEEDS:
             loss = losses(run_of(work, arm, seed))
-            smooth = np.convolve(loss, np.ones(WINDOW) / WINDOW, mode="valid")
+            window = window_of(loss)
+            smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
             every = slice(None, None, max(1, len(smooth) // POINTS))
-            steps = np.arange(WINDOW, len(loss) + 1)
+            steps = np.arange(window, len(loss) + 1)
             ax.plot(steps[every], smooth[every], lw=1.4, label=f"seed {seed}")
         ax.set_title(arm, loc="left", fontsize=10)
         ax.set_xlabel("step", fontsize=9)

@@ -86,7 +86,7 @@ class ConvCase(NamedTuple):
 
 def choose(case: ConvCase) -> Strategy:
     """The way that was fastest for such a case (docs/performance.md): on a CPU, and on a GPU, where
-    gathering every window never was.
+    gathering every window hardly ever was.
     """
     if case.local:
         return "local"

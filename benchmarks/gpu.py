@@ -32,7 +32,7 @@ from spark3d.benchmarks.device import PRECISIONS, Setup
 from spark3d.benchmarks.device_checks import accuracy, determinism, waiting
 from spark3d.benchmarks.device_speed import memory, speed, strategies
 from spark3d.benchmarks.device_tables import markdown
-from spark3d.commands.bench import save
+from spark3d.commands.bench_results import save
 from spark3d.errors import DataError
 
 CHECKS: dict[str, Callable[[Setup], Any]] = {

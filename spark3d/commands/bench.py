@@ -5,12 +5,11 @@ before torch is loaded, and peak memory belongs to one contestant. Results are w
 the same command goes on where it was stopped.
 """
 
+import functools
 import json
-import logging
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from rich.console import Console
 
 from spark3d.benchmarks.cases import Case, Job, Measure, curve_cases, jobs, main_cases
 from spark3d.benchmarks.predict_cases import PredictJob
-from spark3d.commands.bench_results import load, save
+from spark3d.commands.bench_results import Measurement, complete, load
 from spark3d.commands.bench_tables import (
     Results,
     as_markdown,
@@ -31,8 +30,6 @@ from spark3d.commands.bench_tables import (
 )
 from spark3d.errors import ConfigError, EnvironmentProblem
 from spark3d.reports.growth import save_growth
-
-log = logging.getLogger(__name__)
 
 Runner = Callable[[Job, int], dict[str, Any]]
 MEASURES: tuple[Measure, ...] = ("time", "saved", "peak")
@@ -79,19 +76,13 @@ def bench_core_command(
         raise ConfigError(f"--figure {figure}: a file .svg or .png, together with --curve")
     cases = curve_cases(quick) if curve else main_cases(quick)
     document = load(out, "machine", {"threads": threads})
-    began = time.perf_counter()
-    for job in jobs(cases, chosen, seconds, (min(2, rounds), rounds)):
-        found = document["results"].setdefault(job.case.name, {})
-        if job.key in found:
-            continue
-        if minutes is not None and time.perf_counter() - began > 60 * minutes:
-            log.warning("out of time: the same command goes on with %s", job.case.name)
-            break
-        answer = (runner or in_a_process)(job, threads)
-        document["machine"] = answer.get("machine", document["machine"])
-        found[job.key] = answer["result"]
-        save(out, document)
-        log.info("%s: %s", job.case.name, job.key)
+    run = runner or in_a_process
+    until = None if minutes is None else 60 * minutes
+    wanted = [
+        Measurement(job.key, functools.partial(run, job, threads), job.case.name, until)
+        for job in jobs(cases, chosen, seconds, (min(2, rounds), rounds))
+    ]
+    complete(out, document, wanted)
     show(cases, document, out, curve, chosen, markdown, console or wide_console())
     if figure:
         save_growth(growth_points(cases, document["results"]), figure)

@@ -4,8 +4,8 @@ Every measurement runs in a process of its own. Results are written as they come
 goes on where it was stopped.
 """
 
+import functools
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -19,10 +19,8 @@ from spark3d.benchmarks.data import MEASURES, DataJob
 from spark3d.benchmarks.data_volume import VolumeSpec
 from spark3d.commands.bench import wide_console
 from spark3d.commands.bench_data_tables import as_markdown, as_tables
-from spark3d.commands.bench_results import load, save
+from spark3d.commands.bench_results import Measurement, complete, load
 from spark3d.errors import ConfigError, EnvironmentProblem
-
-log = logging.getLogger(__name__)
 
 Runner = Callable[[DataJob], dict[str, Any]]
 REAL_CT = Path("trunk_ct") / "chest_ct_1p5mm.nii.gz"
@@ -75,14 +73,11 @@ def bench_data_command(
     spec = VolumeSpec(_source(file, screen), size, chunk=chunk)
     document = load(out, "volume", spec.describe())
     folder = scratch or out.with_name(f"{out.stem}_volumes")
-    for job in _jobs(chosen, folder, spec, seconds, rounds, quick):
-        if job.key in document["results"]:
-            continue
-        answer = (runner or in_a_process)(job)
-        document["machine"] = answer["machine"]
-        document["results"][job.key] = answer["result"]
-        save(out, document)
-        log.info("measured: %s", job.key)
+    wanted = [
+        Measurement(job.key, functools.partial(runner or in_a_process, job))
+        for job in _jobs(chosen, folder, spec, seconds, rounds, quick)
+    ]
+    complete(out, document, wanted)
     if markdown:
         screen.print(as_markdown(document), markup=False, highlight=False, soft_wrap=True)
     else:

@@ -4,7 +4,7 @@ Every measurement runs in a process of its own. Results are written as they come
 goes on where it was stopped.
 """
 
-import logging
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,9 @@ from rich.table import Table
 from spark3d.benchmarks.images import MEASURES, ImagesJob, as_text, make_photographs
 from spark3d.commands.bench import wide_console
 from spark3d.commands.bench_data import fresh_process
-from spark3d.commands.bench_results import load, save
+from spark3d.commands.bench_results import Measurement, complete, load
 from spark3d.commands.stores import existing_folder
 from spark3d.errors import ConfigError
-
-log = logging.getLogger(__name__)
 
 Runner = Callable[[ImagesJob], dict[str, Any]]
 PHOTOGRAPHS, FEW = 512, 12
@@ -75,17 +73,14 @@ def bench_images_command(
     existing_folder(folder, "give a folder of PNG or JPEG files")
     measured = {"folder": str(folder.absolute()), "batch": batch, "crop": crop}
     document = load(out, "images", measured)
-    for measure in chosen:
-        for count in workers:
-            where = str(folder.absolute())
-            job = ImagesJob(measure, where, count, crop, batch, steps, small=quick)
-            if job.key in document["results"]:
-                continue
-            answer = (runner or _in_a_process)(job)
-            document["machine"] = answer["machine"]
-            document["results"][job.key] = answer["result"]
-            save(out, document)
-            log.info("measured: %s", job.key)
+    where = str(folder.absolute())
+    todo = [
+        ImagesJob(measure, where, count, crop, batch, steps, small=quick)
+        for measure in chosen
+        for count in workers
+    ]
+    run = runner or _in_a_process
+    complete(out, document, [Measurement(job.key, functools.partial(run, job)) for job in todo])
     screen = console or wide_console()
     screen.print(_table(document["results"]))
     machine = document["machine"]

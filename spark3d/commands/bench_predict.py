@@ -5,8 +5,6 @@ where it was stopped.
 """
 
 import functools
-import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,10 +25,8 @@ from spark3d.benchmarks.predict_cases import (
     predict_jobs,
 )
 from spark3d.commands.bench import in_a_process, wide_console
-from spark3d.commands.bench_results import load, save
+from spark3d.commands.bench_results import Measurement, complete, load
 from spark3d.errors import ConfigError
-
-log = logging.getLogger(__name__)
 
 Runner = Callable[[PredictJob, int], dict[str, Any]]
 
@@ -71,19 +67,15 @@ def bench_predict_command(
     case = QUICK if quick else PredictCase()
     run = runner or functools.partial(in_a_process, worker="spark3d.benchmarks.predict")
     document = load(out, "machine", {"threads": threads})
-    found = document["results"].setdefault(case.name, {})
-    began = time.perf_counter()
-    for job in predict_jobs(case, chosen, rounds):
-        if job.key in found:
-            continue
-        if job.round > 1 and time.perf_counter() - began > seconds:
-            log.warning("out of time: the same command goes on with %s", job.key)
-            break
-        answer = run(job, threads)
-        document["machine"] = answer.get("machine", document["machine"])
-        found[job.key] = answer["result"]
-        save(out, document)
-        log.info("%s: %s", case.name, job.key)
+    wanted = [
+        Measurement(
+            job.key, functools.partial(run, job, threads), case.name,
+            until=seconds if job.round > 1 else None,
+        )
+        for job in predict_jobs(case, chosen, rounds)
+    ]  # fmt: skip
+    complete(out, document, wanted)
+    found = document["results"][case.name]
     screen = console or wide_console()
     screen.print(table(case, found))
     screen.print(footer(case, found, document["machine"], out))

@@ -1,11 +1,61 @@
 """The JSON file in which a `spark3d bench` keeps its results, and goes on after a stop."""
 
 import json
-from collections.abc import Mapping
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spark3d.engine.progress import step_progress
 from spark3d.errors import DataError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One thing to measure, in a process of its own.
+
+    Attributes:
+        key: of its result.
+        run: returns the "result" and the "machine" it is of.
+        case: the group of results that it belongs to, if they are grouped.
+        until: seconds after which it does not begin.
+    """
+
+    key: str
+    run: Callable[[], dict[str, Any]]
+    case: str = ""
+    until: float | None = None
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.case}: {self.key}" if self.case else self.key
+
+    def place(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Where its result stands under `key`."""
+        return results.setdefault(self.case, {}) if self.case else results
+
+
+def complete(path: Path, document: dict[str, Any], wanted: Sequence[Measurement]) -> None:
+    """Measure what `document` lacks; each result is in the file as soon as it is known."""
+    missing = [one for one in wanted if one.key not in one.place(document["results"])]
+    began = time.perf_counter()
+    with step_progress("measuring", len(wanted), len(wanted) - len(missing)) as bar:
+        for one in missing:
+            if one.until is not None and time.perf_counter() - began > one.until:
+                log.warning("out of time: the same command goes on with %s", one.name)
+                return
+            bar.say(one.name)
+            answer = one.run()
+            document["machine"] = answer.get("machine", document["machine"])
+            one.place(document["results"])[one.key] = answer["result"]
+            save(path, document)
+            log.info("measured: %s", one.name)
+            bar.advance()
 
 
 def load(path: Path, subject: str, measured: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,10 @@ class StepProgress:
         """Set how much is done, where the total shows only later."""
         self._progress.update(self._task, completed=done, total=total)
 
+    def say(self, text: str) -> None:
+        """What is being done now."""
+        self._progress.update(self._task, status=text)
+
     def advance(self, text: str = "") -> None:
         """One unit of work done."""
         self._progress.update(self._task, advance=1, status=text)

@@ -44,7 +44,7 @@ def main_table(cases: Sequence[Case], results: Results) -> Table:
 def curve_table(cases: Sequence[Case], results: Results) -> Table:
     """A row per size and share: packed cells against the ideal, the tuned grid's visible share."""
     table = _table(
-        "Growth of the encoder's cost: packed cells (p), tuned grid (e1), batch 1",
+        "Growth of the encoder's cost: packed cells (p), tuned grid (e1)",
         ("network", "crop", "hidden", "visible", "e1 s", "p s", "over ideal", "e1 MiB", "p MiB",
          "over ideal"),
     )  # fmt: skip

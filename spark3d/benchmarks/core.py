@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from spark3d.benchmarks import meter
 from spark3d.benchmarks.cases import NETWORKS, Case, Job
 from spark3d.benchmarks.emulation import GridEncoder, GridSparK
+from spark3d.engine.optim import can_be_fused
 from spark3d.models.backbones import Backbone, build_backbone
 from spark3d.models.decoder import LightDecoder, OfficialDecoder
 from spark3d.models.densify import Densify
@@ -55,12 +57,13 @@ class Contestant:
         else:
             self.encoder = GridEncoder(backbone.network, backbone.stages, tuned=kind == "e1")
         self.module: nn.Module = self.encoder
-        self.optimizer: torch.optim.Optimizer | None = None
+        self.optimizer: Optimizer | None = None
         if decoder:
             self.module = _spark(self.encoder, backbone, case, decoder)
         self.module.to(device, dtype)
         if decoder:
-            self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4)
+            weights = list(self.module.parameters())
+            self.optimizer = AdamW(weights, lr=1e-4, fused=can_be_fused(weights))
         size = (case.crop,) * 3
         rng = torch.Generator().manual_seed(1)
         self.crops = torch.randn(case.batch, 1, *size, generator=rng).to(device, dtype)

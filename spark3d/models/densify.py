@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spark3d.errors import ConfigError
+from spark3d.models.filled import filled_conv, worthwhile
 from spark3d.models.hidden import fill_hidden
 from spark3d.sparse import functional
 from spark3d.sparse.cells import from_rows, to_rows
@@ -70,6 +71,8 @@ class FillStage(nn.Module):
             x = self._normalise_dense(x, mask)
             return self.proj(torch.where(sites, x, self.token.to(x.dtype)))
         x = self._normalise_packed(x, mask)
+        if not self.inside and worthwhile(self.proj, x):
+            return filled_conv(x, self.token, self.proj.weight, self.proj.bias, mask)
         if not self.inside:
             return self.proj(fill_hidden(x, self.token, mask))
         token = self.token.expand(-1, -1, *self.fold)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from spark3d.errors import ConfigError
+from spark3d.models import filled
 from spark3d.models.densify import Densify
 from spark3d.sparse.cells import pack
 from spark3d.sparse.mask import CellMask, random_mask
@@ -36,11 +37,17 @@ def build(ndim: int, norm: str, **options: object) -> Densify:
     return densify
 
 
+@pytest.mark.parametrize("whole_map", [True, False])
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("ndim", [1, 2, 3])
 @pytest.mark.parametrize("norm", ["bn", "ln", "gn", "in", "none"])
-def test_packed_equals_the_full_grid(ndim: int, norm: str, folded: bool) -> None:
-    """Maps, gradients of every parameter and running statistics agree in float64."""
+def test_packed_equals_the_full_grid(
+    ndim: int, norm: str, folded: bool, whole_map: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Maps, gradients of every parameter and running statistics agree in float64, whether wide
+    stages are made whole before the projection or not.
+    """
+    monkeypatch.setattr(filled, "ENOUGH", 10**6 if whole_map else 1)
     full, packed, _ = pyramids(ndim)
     folds = [(4,) * ndim, (1, 2, 2)[-ndim:], (1,) * ndim] if folded else None
     models = [build(ndim, norm, folds=folds), build(ndim, norm, folds=folds)]

@@ -109,7 +109,8 @@ class _Filled(torch.autograd.Function):
         ctx.save_for_backward(rows, weight)
         ctx.taps = taps
         matrix = _matrix(weight)
-        products = rows.new_zeros(len(rows) + 1, len(matrix))
+        products = rows.new_empty(len(rows) + 1, len(matrix))
+        products[-1] = 0
         torch.mm(rows, matrix.t(), out=products[:-1])
         return F.embedding_bag(taps.read, products.view(-1, weight.shape[0]), mode="sum")
 

@@ -8,7 +8,7 @@ map is never made.
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +20,17 @@ from spark3d.sparse.cells import dense_table, from_rows, full_size, grid_table, 
 from spark3d.sparse.gather import number_type
 from spark3d.sparse.mask import CellMask
 
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 ENOUGH = 96
 """Input channels from which on the matrix product makes good for summing the taps."""
 
 
-def worthwhile(conv: nn.Module, x: Tensor) -> bool:
+def worthwhile(conv: nn.Module, x: Tensor) -> TypeGuard[Convolution]:
     """Whether `filled_conv` is the faster way for packed `x`: measured on CPUs only.
 
     In low precision it would round the sum of the taps.
     """
-    plain = isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d) and max(conv.stride) == 1
+    plain = isinstance(conv, Convolution) and max(conv.stride) == 1
     low = torch.is_autocast_enabled("cpu") or x.dtype.itemsize < 4
     return plain and x.device.type == "cpu" and x.shape[1] >= ENOUGH and not low
 

@@ -199,3 +199,19 @@ def test_the_average_rises_to_its_decay_and_is_a_function_of_the_step() -> None:
         value = keep * value + (1 - keep) * step
     assert float(average.network.weight.detach()) == pytest.approx(value)
     assert not average.network.training
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_run_of_the_former_optimiser_goes_on_as_it_was(name: str) -> None:
+    """Its state says that it made many passes; that is kept, so that its numbers stay the same."""
+    network = nn.Linear(2, 2)
+    now = build_optimizer(name, parameter_groups(network), 0.1)  # type: ignore[arg-type]
+    former = build_optimizer(name, parameter_groups(network), 0.1)  # type: ignore[arg-type]
+    assert all(group["fused"] for group in now.param_groups)
+    for group in former.param_groups:
+        group["fused"] = None
+    network(torch.ones(1, 2)).sum().backward()
+    former.step()
+    now.load_state_dict(former.state_dict())
+    assert not any(group["fused"] for group in now.param_groups)
+    now.step()

@@ -14,8 +14,10 @@ from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 
 from transfer_jobs import (
+    FROZEN_RATE,
     ONE_CORE,
     PRETRAIN_SEEDS,
+    TUNING_SUBSETS,
     Job,
     arguments,
     best_rate,
@@ -41,6 +43,8 @@ VARIANTS = {
 """What each variant changes in the recipe; the recipe itself is the arm `pre`."""
 PACE_STEPS = 5
 STAGES = ("pace", "pretrain", "tune", "pairs8")
+FROZEN = "frozen"
+"""What a decoder makes of the features alone, beside `pre` and shuffled weights; if asked for."""
 
 
 def pace_of(name: str, changes: tuple[str, ...], options: Namespace) -> float:
@@ -75,6 +79,14 @@ def jobs_of(stage: str, variants: list[str], options: Namespace) -> list[Job]:
     """The fine-tunings of one stage."""
     if stage == "tune":
         return tuning_jobs(dict.fromkeys(variants, PRETRAIN_SEEDS[0]), options.steps)
+    if stage == FROZEN:
+        arms = ("shuffled", "pre", *variants)
+        seed = PRETRAIN_SEEDS[0]
+        return [
+            Job(stage, arm, 8, subset, seed, FROZEN_RATE, options.steps)
+            for subset in TUNING_SUBSETS
+            for arm in arms
+        ]
     best = {arm: best_rate(arm, options) for arm in variants}
     return [
         Job(stage, arm, 8, subset, PRETRAIN_SEEDS[subset % 2], best[arm], options.steps)
@@ -86,7 +98,7 @@ def jobs_of(stage: str, variants: list[str], options: Namespace) -> list[Job]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--study", required=True, choices=tuple(VARIANTS))
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--stages", nargs="+", choices=(*STAGES, FROZEN), default=STAGES)
     parser.add_argument("--subsets", type=int, default=5, help="fine-tunings a variant")
     parser.add_argument("--variants", nargs="+", help="some of the study's variants; default all")
     options = parser.parse_args()
@@ -108,7 +120,7 @@ def main() -> None:
 
             pairs = [(name, seed) for name in chosen for seed in PRETRAIN_SEEDS]
             list(pool.map(lambda pair: run(*pair), pairs))
-        for stage in ("tune", "pairs8"):
+        for stage in ("tune", "pairs8", FROZEN):
             if stage in options.stages:
                 jobs = jobs_of(stage, list(chosen), options)
                 list(pool.map(lambda job: start_job(job, options), jobs))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from transfer_jobs import PRETRAIN_SEEDS, mean_dice, results
+from transfer_jobs import PRETRAIN_SEEDS, mean_dice, organ_means, results
 from transfer_table import paired_summary, pairs_of
 
 from spark3d.engine.logging import read_metrics
@@ -70,6 +70,23 @@ def print_scores(work: Path, arms: list[str]) -> None:
                 print(f"- {second} against {first}: {paired_summary(pairs)}")
 
 
+def print_organs(work: Path, arms: list[str]) -> None:
+    """A row per organ: Dice of every arm, mean over the subsets that all have."""
+    found = {
+        arm: {
+            r["subset"]: organ_means(r)
+            for r in results(work)
+            if (r["stage"], r["arm"]) == (STAGE, arm)
+        }
+        for arm in arms
+    }
+    subsets = sorted(set.intersection(*(set(scores) for scores in found.values())))
+    print(f"\n| organ | {' | '.join(arms)} |\n|---|{'---|' * len(arms)}")
+    for organ in found[arms[0]][subsets[0]]:
+        means = (np.mean([found[arm][subset][organ] for subset in subsets]) for arm in arms)
+        print(f"| {organ} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
+
+
 def draw_losses(work: Path, arms: list[str], path: Path) -> None:
     """A panel per arm, a line per seed: running mean of the loss over steps."""
     figure = Figure((3.6 * len(arms), 3.0), layout="constrained")
@@ -100,6 +117,7 @@ def main() -> None:
     trained = [arm for arm in options.arms if arm != "scratch"]
     print_pretraining(options.work, trained)
     print_scores(options.work, options.arms)
+    print_organs(options.work, options.arms)
     if options.figure:
         draw_losses(options.work, trained, options.figure)
 

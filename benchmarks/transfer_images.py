@@ -32,7 +32,7 @@ from spark3d.weights.exchange import load_encoder, save_encoder
 
 SIDE, TUNING, REPORTING = 32, 300, 500
 PER_CLASS = 5
-RATES = (5e-4, 2e-3, 8e-3)
+RATES = (5e-4, 2e-3, 8e-3, 3.2e-2)
 STEPS = 100
 SUBSETS = {0: range(6), 1: range(6, 12)}
 """Label subsets by the seed of the pre-training that is tried on them."""

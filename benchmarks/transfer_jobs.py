@@ -13,6 +13,8 @@ from pathlib import Path
 RATES = (1e-3, 3e-3, 6e-3)
 PRETRAIN_SEEDS = (0, 1)
 TUNING_SUBSETS = (100, 101)
+FROZEN_RATE = 3e-3
+"""Of a decoder on a frozen encoder."""
 ON_TRAINING_CASES = ("tune", "seen", "frozen", "counts")
 """Stages scored on 12 training cases, whose images pre-training has seen."""
 ONE_CORE = ("compute.threads=1", "compute.accelerator=cpu")

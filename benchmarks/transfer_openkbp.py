@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from transfer_jobs import (
+    FROZEN_RATE,
     PRETRAIN_SEEDS,
     TUNING_SUBSETS,
     Job,
@@ -69,7 +70,7 @@ def jobs_of(stage: str, options: argparse.Namespace) -> list[Job]:
         return tuning_jobs({"scratch": None, "pre": PRETRAIN_SEEDS[0]}, steps)
     if stage == "frozen":  # what the decoder makes of features alone: pre-trained, and shuffled
         arms = ("pre", "shuffled")
-        return [Job(stage, a, 8, s, 0, 3e-3, steps) for s in TUNING_SUBSETS for a in arms]
+        return [Job(stage, a, 8, s, 0, FROZEN_RATE, steps) for s in TUNING_SUBSETS for a in arms]
     best = {arm: best_rate(arm, options) for arm in ("scratch", "pre")}
     if stage == "gate":  # is scratch trained enough? twice the steps must gain less than .03
         return [Job(stage, "scratch", 8, s, None, best["scratch"], 2 * steps) for s in range(2)]

@@ -1,6 +1,6 @@
 """Does 2D pre-training help to classify images with few labels? Scratch against pre-trained.
 
-    python benchmarks/transfer_images.py --work work/ [--stages tune pairs controls] [--table]
+    python benchmarks/transfer_images.py --work work/ [--steps 400] [--stages tune pairs] [--table]
 
 The images are the 1797 handwritten digits that scikit-learn ships (8 x 8 pixels, enlarged to 32):
 real data without a download. 997 of them are pre-trained on without labels and are where the few
@@ -9,8 +9,8 @@ fine-tuning is one line of `work/results.jsonl`, and finished ones are skipped; 
 pre-trained when the first fine-tuning needs it. One thread.
 
 Stages: `tune` chooses a rate for each arm; `pairs` are twelve of scratch and pre-trained, six to
-each of two pre-trainings; `controls` give both arms twice the steps, scratch the compute of
-pre-training too, and fine-tune weights shuffled within each tensor (scale without features).
+each of two pre-trainings; `controls` give both arms twice the steps and fine-tune weights shuffled
+within each tensor (scale without features); `total` gives scratch the compute of pre-training too.
 """
 
 import argparse
@@ -33,16 +33,17 @@ from spark3d.weights.exchange import load_encoder, save_encoder
 SIDE, TUNING, REPORTING = 32, 300, 500
 PER_CLASS = 5
 RATES = (5e-4, 2e-3, 8e-3, 3.2e-2)
-STEPS = 100
+SHORTEST = 100
+"""Steps of the first of these studies, whose keys and lines do not name them."""
 SUBSETS = {0: range(6), 1: range(6, 12)}
 """Label subsets by the seed of the pre-training that is tried on them."""
 TUNING_SUBSET = 100
 CONTROL_SEED = 1
 SHUFFLED, DOUBLED, TOTAL = range(6, 12), range(6, 9), range(6, 8)
 """Label subsets of each control."""
-TOTAL_STEPS = 3600
-"""As much of a core as pre-training and fine-tuning together, or more (see `cpu_seconds`)."""
-STAGES = ("tune", "pairs", "controls")
+PRETRAIN_IN_STEPS = 3500
+"""Of fine-tuning that take as much of a core as a pre-training, or more (see `cpu_seconds`)."""
+STAGES = ("tune", "pairs", "controls", "total")
 NETWORK = (
     "model.backbone=timm/convnext_atto",
     "model.options={stem_type: patch, patch_size: 1, depths: [1,1,2,1], dims: [16,32,64,128]}",
@@ -92,11 +93,11 @@ class Job:
     subset: int
     seed: int | None
     lr: float
-    steps: int = STEPS
+    steps: int
 
     @property
     def key(self) -> str:
-        longer = f"-n{self.steps}" if self.steps != STEPS else ""
+        longer = f"-n{self.steps}" if self.steps != SHORTEST else ""
         return f"{self.images}-{self.arm}-s{self.subset}-lr{self.lr:g}{longer}"
 
 
@@ -184,31 +185,45 @@ def fine_tune(job: Job, work: Path) -> None:
     print(time.strftime("%H:%M:%S"), line, flush=True)
 
 
-def jobs(stage: str, lines: list[Line]) -> list[Job]:
-    """The fine-tunings of a stage; all but `tune` need the rates that it chose."""
+def jobs(stage: str, steps: int, count: int, lines: list[Line]) -> list[Job]:
+    """The fine-tunings of a stage, at most `count` for each pre-training; see `best_rates`."""
     if stage == "tune":
         starts = (("scratch", None), ("pre", 0))
-        return [Job("tune", arm, TUNING_SUBSET, seed, lr) for lr in RATES for arm, seed in starts]
-    best = best_rates(lines)
+        return [
+            Job("tune", arm, TUNING_SUBSET, seed, lr, steps) for lr in RATES for arm, seed in starts
+        ]
+    best = best_rates(steps, lines)
 
-    def pair(subset: int, seed: int, steps: int = STEPS) -> list[Job]:
+    def pair(subset: int, seed: int, steps: int) -> list[Job]:
         return [
             Job("report", "scratch", subset, None, best["scratch"], steps),
             Job("report", "pre", subset, seed, best["pre"], steps),
         ]
 
     if stage == "pairs":
-        return [job for seed, group in SUBSETS.items() for s in group for job in pair(s, seed)]
+        return [
+            job
+            for seed, group in SUBSETS.items()
+            for s in group[:count]
+            for job in pair(s, seed, steps)
+        ]
+    if stage == "total":
+        total = steps + PRETRAIN_IN_STEPS
+        return [Job("report", "scratch", s, None, best["scratch"], total) for s in TOTAL]
     return [
-        *(Job("report", "shuffled", s, CONTROL_SEED, best["pre"]) for s in SHUFFLED),
-        *(job for s in DOUBLED for job in pair(s, CONTROL_SEED, 2 * STEPS)),
-        *(Job("report", "scratch", s, None, best["scratch"], TOTAL_STEPS) for s in TOTAL),
+        *(Job("report", "shuffled", s, CONTROL_SEED, best["pre"], steps) for s in SHUFFLED[:count]),
+        *(job for s in DOUBLED for job in pair(s, CONTROL_SEED, 2 * steps)),
     ]
 
 
-def best_rates(lines: list[Line]) -> dict[str, float]:
+def steps_of(line: Line) -> int:
+    """Steps of a finished fine-tuning."""
+    return line.get("steps", SHORTEST)
+
+
+def best_rates(steps: int, lines: list[Line]) -> dict[str, float]:
     """Each arm's best learning rate on the tuning images."""
-    tuned = [line for line in lines if line["stage"] == "tune"]
+    tuned = [line for line in lines if line["stage"] == "tune" and steps_of(line) == steps]
     return {
         arm: max((line for line in tuned if line["arm"] == arm), key=lambda line: line["top1"])[
             "lr"
@@ -217,22 +232,26 @@ def best_rates(lines: list[Line]) -> dict[str, float]:
     }
 
 
-def scores(lines: list[Line], arm: str, steps: int = STEPS) -> dict[int, float]:
+def scores(lines: list[Line], arm: str, steps: int) -> dict[int, float]:
     """Top-1 on the reporting images by label subset."""
     return {
         line["subset"]: line["top1"]
         for line in lines
-        if (line["stage"], line["arm"], line.get("steps", STEPS)) == ("report", arm, steps)
+        if (line["stage"], line["arm"], steps_of(line)) == ("report", arm, steps)
     }
 
 
-def print_tables(lines: list[Line]) -> None:
+def print_tables(lines: list[Line], steps: int) -> None:
     """Tuning, the pairs with their mean difference, the controls."""
     print("| rate | scratch | pre-trained |\n|---|---|---|")
-    tuned = {(line["arm"], line["lr"]): line["top1"] for line in lines if line["stage"] == "tune"}
+    tuned = {
+        (line["arm"], line["lr"]): line["top1"]
+        for line in lines
+        if line["stage"] == "tune" and steps_of(line) == steps
+    }
     for lr in RATES:
         print(f"| {lr:g} | {tuned['scratch', lr]:.3f} | {tuned['pre', lr]:.3f} |")
-    scratch, pre = scores(lines, "scratch"), scores(lines, "pre")
+    scratch, pre = scores(lines, "scratch", steps), scores(lines, "pre", steps)
     seeds = {subset: seed for seed, group in SUBSETS.items() for subset in group}
     print("\n| subset | pre-training seed | scratch | pre-trained | difference |")
     print("|---|---|---|---|---|")
@@ -243,16 +262,16 @@ def print_tables(lines: list[Line]) -> None:
     for seed, group in SUBSETS.items():
         ours = {s: v for s, v in pre.items() if s in group}
         print(told(f"pre-training seed {seed}: scratch -> pre-trained", scratch, ours))
-    shuffled = scores(lines, "shuffled")
+    shuffled = scores(lines, "shuffled", steps)
     print(told("all: scratch -> pre-trained", scratch, pre))
     print(told("scratch -> shuffled weights", scratch, shuffled))
     print(told("shuffled weights -> pre-trained", shuffled, pre))
-    for steps in (2 * STEPS, TOTAL_STEPS):
-        longer = scores(lines, "scratch", steps)
-        print(told(f"scratch -> scratch with {steps} steps", scratch, longer))
-        print(told(f"scratch with {steps} steps -> pre-trained", longer, pre))
-        both = f"{steps} steps: scratch -> pre-trained"
-        print(told(both, longer, scores(lines, "pre", steps)))
+    for more in (2 * steps, steps + PRETRAIN_IN_STEPS):
+        longer = scores(lines, "scratch", more)
+        print(told(f"scratch -> scratch with {more} steps", scratch, longer))
+        print(told(f"scratch with {more} steps -> pre-trained", longer, pre))
+        both = f"{more} steps: scratch -> pre-trained"
+        print(told(both, longer, scores(lines, "pre", more)))
 
 
 def told(what: str, first: dict[int, float], second: dict[int, float]) -> str:
@@ -276,6 +295,8 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for all that is made")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="default: all")
+    parser.add_argument("--steps", type=int, default=SHORTEST, help="of a fine-tuning")
+    parser.add_argument("--pairs", type=int, default=6, help="of each pre-training seed")
     parser.add_argument("--table", action="store_true", help="only print the tables")
     options = parser.parse_args()
     work = options.work.resolve()
@@ -283,9 +304,9 @@ def main() -> None:
         torch.set_num_threads(1)
         write_images(work)
         for stage in options.stages:
-            for job in jobs(stage, results(work)):
+            for job in jobs(stage, options.steps, options.pairs, results(work)):
                 fine_tune(job, work)
-    print_tables(results(work))
+    print_tables(results(work), options.steps)
 
 
 if __name__ == "__main__":

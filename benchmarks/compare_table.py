@@ -5,7 +5,9 @@ python benchmarks/compare_table.py work/ --arms scratch pre localmim a2mim --fig
 
 import argparse
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -50,41 +52,40 @@ def print_pretraining(work: Path, arms: list[str]) -> None:
             print(f"| {arm} | {pace[arm]:.3g} | {seed} | {len(loss)} | {ends} |")
 
 
-def print_scores(work: Path, arms: list[str]) -> None:
-    """A row per label subset, then every arm against every earlier one, paired."""
-    lines = results(work)
+def by_subset(
+    lines: list[dict], arms: list[str], what: Callable[[dict], Any]
+) -> dict[str, dict[int, Any]]:
+    """`what` of every arm's result on each label subset that all arms have."""
     found = {
-        arm: {r["subset"]: mean_dice(r) for r in lines if r["stage"] == STAGE and r["arm"] == arm}
+        arm: {r["subset"]: what(r) for r in lines if (r["stage"], r["arm"]) == (STAGE, arm)}
         for arm in arms
     }
     subsets = sorted(set.intersection(*(set(scores) for scores in found.values())))
+    return {arm: {subset: found[arm][subset] for subset in subsets} for arm in arms}
+
+
+def row(head: str | int, scores: Iterable[float]) -> str:
+    """A row of a table."""
+    return f"| {head} | {' | '.join(f'{score:.3f}' for score in scores)} |"
+
+
+def print_scores(work: Path, arms: list[str]) -> None:
+    """A row per label subset, every arm against every earlier one, paired; a row per organ."""
+    lines = results(work)
+    found = by_subset(lines, arms, mean_dice)
     print(f"\n| subset | {' | '.join(arms)} |\n|---|{'---|' * len(arms)}")
-    for subset in subsets:
-        print(f"| {subset} | {' | '.join(f'{found[arm][subset]:.3f}' for arm in arms)} |")
-    means = (f"{np.mean([found[arm][subset] for subset in subsets]):.3f}" for arm in arms)
-    print(f"| mean | {' | '.join(means)} |\n")
+    for subset in found[arms[0]]:
+        print(row(subset, (found[arm][subset] for arm in arms)))
+    print(row("mean", (np.mean(list(found[arm].values())) for arm in arms)) + "\n")
     for k, second in enumerate(arms):
         for first in arms[:k]:
             pairs = pairs_of(lines, STAGE, first, second)
             if len(pairs) > 1:
                 print(f"- {second} against {first}: {paired_summary(pairs)}")
-
-
-def print_organs(work: Path, arms: list[str]) -> None:
-    """A row per organ: Dice of every arm, mean over the subsets that all have."""
-    found = {
-        arm: {
-            r["subset"]: organ_means(r)
-            for r in results(work)
-            if (r["stage"], r["arm"]) == (STAGE, arm)
-        }
-        for arm in arms
-    }
-    subsets = sorted(set.intersection(*(set(scores) for scores in found.values())))
+    organs = by_subset(lines, arms, organ_means)
     print(f"\n| organ | {' | '.join(arms)} |\n|---|{'---|' * len(arms)}")
-    for organ in found[arms[0]][subsets[0]]:
-        means = (np.mean([found[arm][subset][organ] for subset in subsets]) for arm in arms)
-        print(f"| {organ} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
+    for organ in next(iter(organs[arms[0]].values())):
+        print(row(organ, (np.mean([s[organ] for s in organs[arm].values()]) for arm in arms)))
 
 
 def draw_losses(work: Path, arms: list[str], path: Path) -> None:
@@ -117,7 +118,6 @@ def main() -> None:
     trained = [arm for arm in options.arms if arm != "scratch"]
     print_pretraining(options.work, trained)
     print_scores(options.work, options.arms)
-    print_organs(options.work, options.arms)
     if options.figure:
         draw_losses(options.work, trained, options.figure)
 

@@ -7,6 +7,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def print_scores(work: Path, arms: list[str]) -> None:
     print(f"\n| subset | {' | '.join(arms)} |\n|---|{'---|' * len(arms)}")
     for subset in found[arms[0]]:
         print(row(subset, (found[arm][subset] for arm in arms)))
-    print(row("mean", (np.mean(list(found[arm].values())) for arm in arms)) + "\n")
+    print(row("mean", (fmean(found[arm].values()) for arm in arms)) + "\n")
     for k, second in enumerate(arms):
         for first in arms[:k]:
             pairs = pairs_of(lines, STAGE, first, second)
@@ -85,7 +86,7 @@ def print_scores(work: Path, arms: list[str]) -> None:
     organs = by_subset(lines, arms, organ_means)
     print(f"\n| organ | {' | '.join(arms)} |\n|---|{'---|' * len(arms)}")
     for organ in next(iter(organs[arms[0]].values())):
-        print(row(organ, (np.mean([s[organ] for s in organs[arm].values()]) for arm in arms)))
+        print(row(organ, (fmean(s[organ] for s in organs[arm].values()) for arm in arms)))
 
 
 def draw_losses(work: Path, arms: list[str], path: Path) -> None:

@@ -167,7 +167,6 @@ def score(job: Job, out: Path, work: Path, data: Path, cases: list[str], amp: bo
         images,
         work / "predictions" / job.key,
         overlap=0.25,
-        skip_empty=True,
         batch=4,
         amp=amp,
     )

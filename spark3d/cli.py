@@ -232,7 +232,12 @@ def predict(
     flips: Annotated[
         str, typer.Option(help="Axes to mirror in extra passes, e.g. 0 (left-right) or 0,1.")
     ] = "",
-    skip_empty: Annotated[bool, typer.Option(help="Leave out windows of nothing but air.")] = False,
+    skip_empty: Annotated[
+        bool | None,
+        typer.Option(
+            help="Leave out windows of nothing but air; default for models of CT windows."
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Windows per forward pass.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     amp: Annotated[bool, typer.Option(help="Forward passes in bfloat16.")] = False,

@@ -77,8 +77,8 @@ def demo_command(out: Path, steps: int | None = None, unlabelled: int = UNLABELL
             start = encoder if arm == "pre-trained" else None
             finetune_command(labelled, run, start, "demo", (*short, *split))
             found = predict_command(
-                run, data / "RawData", out / f"{arm}-predictions", overlap=0.25, skip_empty=True,
-                batch=4, amp=not slow, section="test",
+                run, data / "RawData", out / f"{arm}-predictions", overlap=0.25, batch=4,
+                amp=not slow, section="test",
             )  # fmt: skip
             scores = out / f"{arm}-scores"
             evaluations.append(evaluate_command(found, data / "RawData", scores, arm, partial=True))

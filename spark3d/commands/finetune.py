@@ -272,7 +272,7 @@ def validate(
         window=inputs.crop,
         overlap=recipe.window_overlap,
         batch=4,
-        empty_below=0.0 if fixed(recipe.data.window).mode == "unit" else None,
+        empty_below=0.0 if build.window(fixed(recipe.data.window)).has_air else None,
         amp_dtype=torch.bfloat16 if recipe.optim.precision == "bf16-mixed" else None,
     )
     scores = {}

@@ -195,7 +195,8 @@ def score_on_files(study: Study, run: Path, folder: Path) -> tuple[CaseScores, .
 def score_on_store(study: Study, run: Path, folder: Path) -> tuple[CaseScores, ...]:
     """Predict the validation cases of the store and score them on its grid."""
     store, segmenter = Store.open(study.store), load_segmenter(run)
-    plan = window_plan(segmenter, PredictSettings(study.overlap), batch=1)
+    settings = PredictSettings(study.overlap, skip_empty=segmenter.window.has_air)
+    plan = window_plan(segmenter, settings, batch=1)
     scored = []
     for case in study.validation:
         record = store.record(case)

@@ -42,7 +42,8 @@ class PredictSettings:
     Args:
         overlap: of neighbouring windows, in [0, 1).
         flips: axes (0 is left-right) to mirror, alone and together, in extra passes.
-        skip_empty: leave out windows without a voxel above the lower end of the intensity window.
+        skip_empty: leave out windows without a voxel above the lower end of the intensity window. No
+            training crop is like them, and an instance norm makes anything of nothing.
         amp: autocast to bfloat16.
         max_class_map_gib: above it probabilities are not kept, and labels are moved to the source
             grid instead.
@@ -67,7 +68,7 @@ def predict_command(
     out: Path,
     overlap: float | None = None,
     flips: Sequence[int] = (),
-    skip_empty: bool = False,
+    skip_empty: bool | None = None,
     batch: int = 1,
     device: str = "auto",
     amp: bool = False,
@@ -86,6 +87,7 @@ def predict_command(
         data: folder of volumes in any known layout, or one file.
         out: gets `<case>.nii.gz`, or `<case>.dcm`, and `predict.json`.
         overlap: of neighbouring windows; that of the model's recipe if not given.
+        skip_empty: as in `PredictSettings`; if not given, where the model can tell air.
         batch: windows per forward pass.
         device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1", ...
         section: only the cases of one section of a dataset, such as "validation".
@@ -104,6 +106,8 @@ def predict_command(
     segmenter = load_segmenter(model)
     if overlap is None:
         overlap = float(segmenter.card.recipe.get("window_overlap", 0.5))
+    if skip_empty is None:
+        skip_empty = segmenter.window.has_air
     settings = PredictSettings(
         overlap, tuple(flips), skip_empty, amp, max_class_map_gib, geometry, nan_fill, format
     )
@@ -234,7 +238,7 @@ def window_plan(segmenter: LoadedSegmenter, settings: PredictSettings, batch: in
     axes = sorted(set(settings.flips))
     sets = tuple(s for n in range(1, len(axes) + 1) for s in combinations(axes, n))
     swaps = segmenter.card.swap or (mirrored_pairs(segmenter.labels) if 0 in axes else ())
-    if settings.skip_empty and segmenter.window.mode != "unit":
+    if settings.skip_empty and not segmenter.window.has_air:
         raise ConfigError(
             "skip_empty needs a model with a unit window, where air is 0; this one has mode "
             f"{segmenter.window.mode}"

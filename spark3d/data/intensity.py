@@ -47,6 +47,11 @@ class Window:
             raise ConfigError("window mean and std go together, and std must be above 0")
 
     @property
+    def has_air(self) -> bool:
+        """Whether air is 0: voxels at or below `low` hold nothing."""
+        return self.mode == "unit"
+
+    @property
     def needs_statistics(self) -> bool:
         """True where every case brings its own mean and standard deviation."""
         return self.mode == "zscore" and self.mean is None

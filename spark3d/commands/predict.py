@@ -42,8 +42,8 @@ class PredictSettings:
     Args:
         overlap: of neighbouring windows, in [0, 1).
         flips: axes (0 is left-right) to mirror, alone and together, in extra passes.
-        skip_empty: leave out windows without a voxel above the lower end of the intensity window. No
-            training crop is like them, and an instance norm makes anything of nothing.
+        skip_empty: leave out windows without a voxel above the lower end of the intensity window.
+            No training crop is like them, and an instance norm makes anything of nothing.
         amp: autocast to bfloat16.
         max_class_map_gib: above it probabilities are not kept, and labels are moved to the source
             grid instead.

@@ -109,16 +109,34 @@ def test_flips_exchange_the_labels_of_left_and_right(scans, segmenter, tmp_path)
     assert 0 < (labels == 1).sum() != (ball(0)[1] == 1).sum()  # body and ball are averaged
 
 
-def test_empty_windows_can_be_left_out(scans, segmenter, tmp_path):
+def test_empty_windows_are_left_out_where_the_window_tells_air(scans, segmenter, tmp_path):
     network = segmenter(crop=(8, 8, 8))
-    predict_command(MODEL, scans, tmp_path / "all")
+    predict_command(MODEL, scans, tmp_path / "all", skip_empty=False)
     every = network.windows
     network = segmenter(crop=(8, 8, 8))
-    predict_command(MODEL, scans, tmp_path / "some", skip_empty=True)
+    predict_command(MODEL, scans, tmp_path / "some")
     assert network.windows < every
     for n in range(3):
         maps = [read(tmp_path / kind / f"case{n}.nii.gz")[0] for kind in ("all", "some")]
         np.testing.assert_array_equal(*maps)
+    network = segmenter(crop=(8, 8, 8), window=Window("zscore", mean=0.0, std=1.0))
+    predict_command(MODEL, scans, tmp_path / "scored")
+    assert network.windows == every
+
+
+def test_a_network_that_finds_organs_in_nothing_is_not_asked(scans, segmenter, tmp_path):
+    """As instance norms do: what they make of a constant window is up to their biases."""
+    ball_everywhere = torch.tensor([0.0, 5.0, 0.0]).view(1, 3, 1, 1, 1)
+
+    def invent(_: torch.nn.Module, args: tuple[torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+        holds = args[0].amax((1, 2, 3, 4), keepdim=True) > 0
+        return torch.where(holds, logits, ball_everywhere)
+
+    segmenter(crop=(8, 8, 8)).register_forward_hook(invent)
+    usual = predict_command(MODEL, scans, tmp_path / "usual")
+    asked = predict_command(MODEL, scans, tmp_path / "asked", skip_empty=False)
+    balls = [(read(out / "case0.nii.gz")[0] == 1).sum() for out in (usual, asked)]
+    assert 0 < 2 * balls[0] < balls[1]
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from spark3d.commands.labelled import (
 from spark3d.commands.prepare import prepare_command
 from spark3d.commands.report import report_command
 from spark3d.commands.splitting import SplitCases, check_overlap, split_cases
-from spark3d.commands.stores import existing_folder, is_store
+from spark3d.commands.stores import existing_folder, fixed, is_store
 from spark3d.config import (
     FinetuneRecipe,
     changed_keys,
@@ -218,7 +218,8 @@ def open_study(
         hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest(),
         tuple(r.id for r in parts.validation),
         {k: name for k, name in names.items() if not scored or k in scored},
-        tolerance_mm, resolved.window_overlap, allow_overlap, threads,
+        tolerance_mm, resolved.window_overlap,
+        build.window(fixed(resolved.data.window)).has_air, allow_overlap, threads,
     )  # fmt: skip
 
 

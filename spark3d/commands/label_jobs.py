@@ -28,6 +28,9 @@ from spark3d.evaluation.results import FILE, CaseScores, Evaluation
 from spark3d.evaluation.windows import predict_labels
 
 RESULT = "result.json"
+PREDICTIONS = "predictions"
+SCORING = frozenset({"grid", "tolerance_mm", "skip_empty"})
+"""What of a job's identity concerns the scores of its model, not the model."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Study:
         labels: name of every class that is scored.
         tolerance_mm: of the surface Dice.
         overlap: of windows, in prediction.
+        skip_empty: whether prediction leaves out windows of air.
         allow_overlap: as in fine-tuning.
         threads: of every job; None leaves them alone.
     """
@@ -90,6 +94,7 @@ class Study:
     labels: dict[int, str]
     tolerance_mm: float
     overlap: float
+    skip_empty: bool
     allow_overlap: bool
     threads: int | None = None
 
@@ -108,6 +113,7 @@ class Study:
             "validation": list(self.validation),
             "grid": "store" if self.volumes is None else "original",
             "tolerance_mm": self.tolerance_mm,
+            "skip_empty": self.skip_empty,
         }
 
     def is_done(self, job: Job) -> bool:
@@ -121,7 +127,7 @@ class Study:
             return False
         try:
             known = json.loads(result.read_text("utf-8"))["identity"]
-            before = {"lr": None, **known}
+            before = {"lr": None, "skip_empty": False, **known}
             before = {key: before[key] for key in self.identity(job)}
         except (ValueError, KeyError, TypeError):
             raise ConfigError(f"{result} cannot be read; remove {result.parent}") from None
@@ -129,9 +135,15 @@ class Study:
         if different:
             raise ConfigError(
                 f"{result.parent} is a job with another {', '.join(different)}; choose a new "
-                "folder for --out, or give the same values to go on"
+                f"folder for --out, {_way_on(different)}"
             )
         return True
+
+
+def _way_on(different: list[str]) -> str:
+    if SCORING.issuperset(different):
+        return f"or remove {RESULT} and {PREDICTIONS}/ of each job to score its model again"
+    return "or give the same values to go on"
 
 
 def run_job(study: Study, job: Job) -> None:
@@ -186,8 +198,9 @@ def score_on_files(study: Study, run: Path, folder: Path) -> tuple[CaseScores, .
     """Predict the validation cases from their files and score them on their own grids."""
     assert study.volumes is not None
     found = predict_command(
-        run, study.volumes, folder / "predictions", study.overlap, only=study.validation
-    )
+        run, study.volumes, folder / PREDICTIONS, study.overlap,
+        skip_empty=study.skip_empty, only=study.validation,
+    )  # fmt: skip
     pairs = find_pairs(found, study.volumes, None, partial=True)
     return score_pairs(pairs, study.tolerance_mm, show=False)
 
@@ -195,7 +208,7 @@ def score_on_files(study: Study, run: Path, folder: Path) -> tuple[CaseScores, .
 def score_on_store(study: Study, run: Path, folder: Path) -> tuple[CaseScores, ...]:
     """Predict the validation cases of the store and score them on its grid."""
     store, segmenter = Store.open(study.store), load_segmenter(run)
-    settings = PredictSettings(study.overlap, skip_empty=segmenter.window.has_air)
+    settings = PredictSettings(study.overlap, skip_empty=study.skip_empty)
     plan = window_plan(segmenter, settings, batch=1)
     scored = []
     for case in study.validation:

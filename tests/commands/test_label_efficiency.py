@@ -238,6 +238,31 @@ def test_starts_can_have_learning_rates_of_their_own(
         study(store, out, pretrained, labels=[1], subsets=1)
 
 
+def test_results_scored_with_windows_of_air_are_not_mixed_in(
+    store: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    out, options = tmp_path / "study", {"labels": [1], "subsets": 1}
+    study(store, out, pretrained, **options)
+    usual = (out / "results.jsonl").read_text()
+    file = out / "jobs" / "pre-n1-s0" / "result.json"
+    line = json.loads(file.read_text())
+    assert line["identity"].pop("skip_empty") is True  # older results do not have the key
+    file.write_text(json.dumps(line))
+    with pytest.raises(ConfigError, match=r"another skip_empty; .* remove result\.json") as caught:
+        study(store, out, pretrained, **options)
+    assert "\n" not in str(caught.value)
+
+    trained = (file.parent / "run" / "model.safetensors").stat().st_mtime_ns
+    file.unlink()
+    assert study(store, out, pretrained, **options).done == 2
+    assert (file.parent / "run" / "model.safetensors").stat().st_mtime_ns == trained
+
+    def without_times(text: str) -> list[dict]:
+        return [{**json.loads(one), "seconds": None} for one in text.splitlines()]
+
+    assert without_times((out / "results.jsonl").read_text()) == without_times(usual)
+
+
 def test_results_from_before_there_were_such_rates_still_count(
     finished: Path, store: Path, pretrained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

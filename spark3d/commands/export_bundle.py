@@ -99,9 +99,11 @@ def _inferer(segmenter: LoadedSegmenter, overlap: float) -> dict[str, Any]:
         if by_slice
         else {"_target_": "SlidingWindowInferer"}
     )
+    low = segmenter.window.low  # without it MONAI pads with 0, not with the minimum of the case
+    around = {} if low is None else {"cval": segmenter.window.outside(low)[0]}
     return {
         **kind, "roi_size": list(segmenter.crop), "sw_batch_size": 1, "overlap": overlap,
-        "mode": "gaussian",
+        "mode": "gaussian", **around,
     }  # fmt: skip
 
 

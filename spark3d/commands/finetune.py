@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 from spark3d import build, build_finetuning
 from spark3d.commands.labelled import FinetuneInputs, finetune_inputs
 from spark3d.commands.runs import claim_run, finish_run, finished, open_run
-from spark3d.commands.stores import existing_folder, fixed, is_store
+from spark3d.commands.stores import existing_folder, is_store
 from spark3d.config import FinetuneRecipe, find_recipe, resolve
 from spark3d.data.sources import find
 from spark3d.data.splits import few_labels, named_split
@@ -272,14 +272,14 @@ def validate(
         window=inputs.crop,
         overlap=recipe.window_overlap,
         batch=4,
-        empty_below=0.0 if build.window(fixed(recipe.data.window)).has_air else None,
+        empty_below=0.0 if inputs.window.has_air else None,
         amp_dtype=torch.bfloat16 if recipe.optim.precision == "bf16-mixed" else None,
     )
     scores = {}
     scored = sorted(inputs.scored)
     for case in inputs.validation:
         volume, reference = inputs.whole(case)
-        predicted = predict_labels(network, volume, plan)
+        predicted = predict_labels(network, volume, replace(plan, pad_value=inputs.outside(case)))
         scores[case] = dice_per_label(predicted.numpy(), reference, scored)
     return scores
 

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -213,9 +213,10 @@ def score_on_store(study: Study, run: Path, folder: Path) -> tuple[CaseScores, .
     scored = []
     for case in study.validation:
         record = store.record(case)
-        mean, std = [c.mean for c in record.intensity], [c.std for c in record.intensity]
-        volume = torch.from_numpy(segmenter.window.apply(store.read(case), mean, std))
-        labels = predict_labels(segmenter.network, volume, plan).numpy()
+        window, statistics = segmenter.window, (record.mean, record.std)
+        volume = torch.from_numpy(window.apply(store.read(case), *statistics))
+        padded = replace(plan, pad_value=window.outside(record.minimum, *statistics))
+        labels = predict_labels(segmenter.network, volume, padded).numpy()
         scores = score_case(
             labels, store.read_label(case), study.labels, store.spacing_mm, study.tolerance_mm
         )

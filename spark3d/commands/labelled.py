@@ -25,6 +25,7 @@ from spark3d.commands.stores import (
 )
 from spark3d.config import FinetuneRecipe, resolve, to_tree
 from spark3d.data.checks import check_label_names
+from spark3d.data.intensity import Window
 from spark3d.data.loader import VolumeCrops
 from spark3d.data.names import shown
 from spark3d.data.plan import suggest_plan
@@ -75,6 +76,11 @@ class FinetuneInputs:
         return {k: name for k, name in self.labels.items() if not chosen or k in chosen}
 
     @property
+    def window(self) -> Window:
+        """From physical intensities to what the network reads."""
+        return build.window(fixed(self.recipe.data.window))
+
+    @property
     def crop(self) -> tuple[int, ...]:
         """Voxels per axis."""
         return build.sizes(fixed(self.recipe.data.crop), self.recipe.dims, "data.crop")
@@ -98,12 +104,14 @@ class FinetuneInputs:
 
     def whole(self, case: str) -> tuple[Tensor, np.ndarray]:
         """A case as the network reads it, `(c, *size)`, and its label map, on the store's grid."""
-        record = self.store.record(case)
-        window = build.window(fixed(self.recipe.data.window))
-        mean = [channel.mean for channel in record.intensity]
-        std = [channel.std for channel in record.intensity]
-        volume = window.apply(self.store.read(case), mean, std)
+        record, window = self.store.record(case), self.window
+        volume = window.apply(self.store.read(case), record.mean, record.std)
         return torch.from_numpy(volume), self.store.read_label(case)
+
+    def outside(self, case: str) -> tuple[float, ...]:
+        """What lies outside of a case as the network reads it, per channel."""
+        record = self.store.record(case)
+        return self.window.outside(record.minimum, record.mean, record.std)
 
     def card(self) -> ModelCard:
         """What travels with the fine-tuned model."""

@@ -188,10 +188,13 @@ def segment(
     volume = torch.from_numpy(segmenter.window.apply(intensities, record.mean, record.std))
     if any(n < w for n, w in zip(record.size, plan.window, strict=False)):
         log.warning(
-            "%s: %s voxels of %s mm are fewer than the window %s along an axis; padded with air",
+            "%s: %s voxels of %s mm are fewer than the window %s along an axis; padded with the "
+            "darkest value",
             case.id, "x".join(map(str, record.size)),
             "x".join(f"{s:g}" for s in segmenter.spacing_mm), "x".join(map(str, plan.window)),
         )  # fmt: skip
+    around = segmenter.window.outside(record.minimum, record.mean, record.std)
+    plan = replace(plan, pad_value=around)
     size, affine = record.source.ras()
     gib = 4 * segmenter.card.out_channels * volume[0].numel() / 2**30
     if gib <= settings.max_class_map_gib:

@@ -56,6 +56,22 @@ class Window:
         """True where every case brings its own mean and standard deviation."""
         return self.mode == "zscore" and self.mean is None
 
+    def darkest(self, minimum: PerChannel) -> np.ndarray:
+        """Physical intensity of what lies outside of a volume, one value per channel.
+
+        Args:
+            minimum: Of the case, one or per channel; what `low` clips to where it is given.
+        """
+        lowest = np.asarray(minimum, dtype=np.float32).reshape(-1)
+        return lowest if self.low is None else np.full_like(lowest, self.low)
+
+    def outside(
+        self, minimum: PerChannel, mean: PerChannel | None = None, std: PerChannel | None = None
+    ) -> tuple[float, ...]:
+        """The same in the network's range; `mean` and `std` as in `apply`."""
+        dark = self.apply(self.darkest(minimum)[:, None], mean, std)
+        return tuple(dark[:, 0].tolist())
+
     def apply(
         self, values: np.ndarray, mean: PerChannel | None = None, std: PerChannel | None = None
     ) -> np.ndarray:

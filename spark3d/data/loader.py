@@ -133,10 +133,8 @@ class VolumeCrops(Numbered):
         """Read, pad and window; what lies outside of the volume is as dark as the window goes."""
         inner, extent, pads = overlap(record.size, start, size)
         part, label = self._part(record.id, inner, extent)
-        dark = [stats.minimum for stats in record.intensity]
-        if self.window.low is not None:
-            dark = [self.window.low]
-        values = pad_crop(part.astype(np.float32, copy=False), size, pads, np.asarray(dark))
+        dark = self.window.darkest([stats.minimum for stats in record.intensity])
+        values = pad_crop(part.astype(np.float32, copy=False), size, pads, dark)
         mean = [stats.mean for stats in record.intensity]
         std = [stats.std for stats in record.intensity]
         crop = torch.from_numpy(self.window.apply(values, mean, std))

@@ -93,6 +93,11 @@ class CaseRecord:
         return self.labels is not None
 
     @property
+    def minimum(self) -> tuple[float, ...]:
+        """Lowest intensity of the body, per channel."""
+        return tuple(stats.minimum for stats in self.intensity)
+
+    @property
     def mean(self) -> tuple[float, ...]:
         """Mean intensity over the body, per channel."""
         return tuple(stats.mean for stats in self.intensity)

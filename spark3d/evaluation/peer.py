@@ -25,10 +25,11 @@ def monai_logits(
     """
     if plan.flips or plan.empty_below is not None:
         raise ConfigError("MONAI's sliding windows know no flips and skip no window")
+    (pad_value,) = plan.pad_value  # nor a value for each channel
     with torch.no_grad():
         logits = sliding_window_inference(
             volume[None], plan.window, plan.batch, network, plan.overlap, mode="gaussian",
-            cval=plan.pad_value, **(options or {}),
+            cval=pad_value, **(options or {}),
         )  # fmt: skip
     assert isinstance(logits, Tensor)  # as the network returns one
     return logits[0]

@@ -35,7 +35,8 @@ class WindowPlan:
         left_right_axis: the axis from left to right (0 in RAS+ order).
         empty_below: windows whose every voxel is at or below this value are background and not run
             (one is, where all are empty); None runs all. In the intensities the network sees.
-        pad_value: intensity around a volume smaller than the window.
+        pad_value: intensity around a volume smaller than the window, one or one per channel
+            (`spark3d.data.intensity.Window.outside`).
         memory_bytes: bound of the accumulator on the network's device; above it, it lives on the
             CPU. None: half of what is free on the device.
         amp_dtype: autocast to this type in the forward passes; sums stay float32.
@@ -48,7 +49,7 @@ class WindowPlan:
     swaps: tuple[tuple[int, int], ...] = ()
     left_right_axis: int = 0
     empty_below: float | None = None
-    pad_value: float = 0.0
+    pad_value: tuple[float, ...] = (0.0,)
     memory_bytes: int | None = None
     amp_dtype: torch.dtype | None = None
 
@@ -206,7 +207,10 @@ def _padded(volume: Tensor, plan: WindowPlan) -> tuple[Tensor, tuple[int, ...]]:
     if not any(lack):
         return volume, (0,) * plan.ndim
     pad = [side for n in reversed(lack) for side in (n // 2, n - n // 2)]
-    padded = nn.functional.pad(volume, pad, value=plan.pad_value)
+    values = torch.tensor(plan.pad_value, dtype=volume.dtype).expand(len(volume))
+    padded = torch.stack(
+        [nn.functional.pad(v, pad, value=float(p)) for v, p in zip(volume, values, strict=True)]
+    )
     return padded, tuple(n // 2 for n in lack)
 
 

@@ -1,6 +1,7 @@
 """`spark3d export`: what it writes computes what the run computes, or is not kept."""
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import torch
 from spark3d import build
 from spark3d.commands import export_graph
 from spark3d.commands.export import export_command, same_logits
+from spark3d.commands.export_bundle import inference_config
 from spark3d.commands.export_nnunet import FILE, RESENC_L, adaptation_plan
+from spark3d.data.intensity import Window
 from spark3d.errors import ConfigError, DataError, EnvironmentProblem
 from spark3d.evaluation.windows import WindowPlan, predict_labels
 from spark3d.models.definitions import build_literal, literal_definition
@@ -58,6 +61,16 @@ def test_a_bundle_holds_nothing_that_is_executed(bundle: Path) -> None:
     assert not [t for t in targets if "spark3d" in t]
     weights = torch.load(bundle / "models" / "model.pt", weights_only=True)
     assert all(isinstance(v, torch.Tensor) for v in weights.values())
+
+
+def test_a_bundle_pads_small_volumes_with_the_lower_end_of_the_window(finetuned: Path) -> None:
+    segmenter = build.load_segmenter(finetuned)
+    for window, value in [
+        (Window("zscore", low=-100, high=300, mean=50.0, std=10.0), -15.0),
+        (Window("unit", low=-100, high=300), 0.0),
+    ]:
+        config = inference_config(replace(segmenter, window=window), 0.5)
+        assert config["inferer"]["cval"] == pytest.approx(value)
 
 
 @pytest.mark.filterwarnings("ignore:parsing config_file")  # at every reading, whatever is in it

@@ -195,6 +195,22 @@ def test_z_scores_use_the_statistics_of_the_case(tmp_path, cache):
     torch.testing.assert_close(crop.std((1, 2, 3)), torch.ones(2), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("low", [None, 100.0])
+def test_padding_is_what_the_window_calls_outside(tmp_path, low):
+    size = (10, 16, 16)
+    store = make_store(tmp_path / "store", 1, size, channels=2, scale=0.25)
+    window, record = Window("zscore", low=low), store.record("case0")
+    crop = VolumeCrops(store, ["case0"], (16, 16, 16), window, 0, CropRule("random"))[0]["crop"]
+    outside = window.outside(record.minimum, record.mean, record.std)
+    assert len(outside) == 2
+    lowest = record.minimum if low is None else (low, low)
+    for channel, value in enumerate(outside):
+        expected = (lowest[channel] - record.mean[channel]) / record.std[channel]
+        assert value == pytest.approx(expected, rel=1e-5)
+        assert value <= crop[channel].min()
+        assert int((crop[channel] == value).sum()) >= 6 * 16 * 16
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damage_is_one_line_from_any_process(tmp_path, workers):
     store = make_store(tmp_path / "store", 3)

@@ -139,6 +139,17 @@ def test_a_network_that_finds_organs_in_nothing_is_not_asked(scans, segmenter, t
     assert 0 < 2 * balls[0] < balls[1]
 
 
+def test_a_volume_smaller_than_the_window_is_padded_as_crops_of_training_are(
+    scans, segmenter, tmp_path
+):
+    network = segmenter(crop=(64, 64, 64), window=Window("zscore"))
+    seen = []
+    network.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    predict_command(MODEL, scans / "imagesTr" / "case0_0000.nii.gz", tmp_path / "out")
+    (window,) = seen
+    assert float(window[0, 0, 0, 0, 0]) < -1  # 0 would be the mean
+
+
 @pytest.mark.parametrize(
     ("model", "options", "word"),
     [

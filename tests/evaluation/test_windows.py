@@ -105,6 +105,23 @@ def test_a_constant_network_gives_its_constant_on_a_padded_volume():
     torch.testing.assert_close(logits, torch.full_like(logits, 0.7))
 
 
+@pytest.mark.parametrize("pad_value", [(-3.0,), (-3.0, 2.0)])
+def test_padding_has_the_value_of_its_channel(pad_value):
+    seen = []
+
+    class Sees(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x)
+            return x
+
+    predict_logits(Sees(), torch.zeros(2, 6, 20), WindowPlan((10, 20), pad_value=pad_value))
+    (window,) = seen
+    expected = torch.zeros(1, 2, 10, 20)
+    for channel, value in enumerate(pad_value * (2 // len(pad_value))):
+        expected[:, channel, :2] = expected[:, channel, 8:] = value
+    assert torch.equal(window, expected)
+
+
 def test_empty_windows_are_background_and_are_not_run():
     volume = torch.full((1, 64, 16, 16), -1.0)
     volume[:, 30:34, 6:9, 6:9] = 2.0

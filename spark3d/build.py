@@ -251,14 +251,21 @@ def segmentation_network(kind: Mapping[str, Any], classes: int) -> tuple[nn.Modu
     Raises:
         ConfigError: parts that do not go together.
     """
-    name, options, decoder = kind["name"], dict(kind["options"]), dict(kind.get("decoder", {}))
+    net = backbone(kind["name"], kind["ndim"], kind["in_channels"], network_options(kind), classes)
+    return build_segmenter(net, classes, **dict(kind.get("decoder", {}))), net
+
+
+def network_options(kind: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the backbone of a `network_kind`, with those of deep supervision where it is its
+    own.
+    """
+    name, options, decoder = kind["name"], dict(kind["options"]), kind.get("decoder", {})
     own = name in SEGMENTATION_NETWORKS and decoder.get("decoder", "auto") == "auto"
     if own and decoder.get("deep_supervision", False) and name != "monai/segresnet":
         options["deep_supervision"] = True
         if name == "monai/dynunet":
             options.setdefault("deep_supr_num", len(options.get("strides", (1,) * 5)) - 2)
-    net = backbone(name, kind["ndim"], kind["in_channels"], options, classes)
-    return build_segmenter(net, classes, **decoder), net
+    return options
 
 
 @dataclass(frozen=True)

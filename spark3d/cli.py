@@ -17,7 +17,7 @@ from spark3d.cli_evaluation import (
     label_efficiency,
     report,
 )
-from spark3d.cli_options import Overrides, numbers, required, split_recipe
+from spark3d.cli_options import Geometry, Overrides, numbers, required, split_recipe
 from spark3d.cli_weights import weights
 from spark3d.errors import ConfigError, DataError, EnvironmentProblem, Interrupted
 
@@ -31,8 +31,6 @@ app = typer.Typer(
 
 app.add_typer(bench, name="bench")
 app.add_typer(weights, name="weights")
-
-Geometry = Literal["agree", "sform", "qform"]
 
 
 @app.callback(invoke_without_command=True)
@@ -251,6 +249,13 @@ def predict(
     format: Annotated[
         Literal["nifti", "dicom-seg"], typer.Option(help="dicom-seg: for DICOM series.")
     ] = "nifti",
+    held_out: Annotated[
+        bool, typer.Option(help="Only the cases that the model's run kept for validation.")
+    ] = False,
+    modality: Annotated[
+        Literal["auto", "CT", "MR"] | None,
+        typer.Option(help="Of the volumes; default that of training. auto: by their values."),
+    ] = None,
 ) -> None:
     """Segment whole volumes by sliding windows; label maps come back on each file's own grid.
 
@@ -261,7 +266,7 @@ def predict(
     axes = [int(part) for part in numbers(flips, "--flips")]
     predict_command(
         model, data, out, overlap, axes, skip_empty, batch, device, amp, section, geometry,
-        nan_fill, format=format,
+        nan_fill, format=format, held_out=held_out, modality=modality,
     )  # fmt: skip
 
 

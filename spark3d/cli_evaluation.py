@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from spark3d.cli_options import Overrides, by_name, numbers, required, split_recipe
+from spark3d.cli_options import Geometry, Overrides, by_name, numbers, required, split_recipe
 
 
 def evaluate(
@@ -26,6 +26,13 @@ def evaluate(
         Path | None,
         typer.Option(help="Volumes that were predicted, for pictures, if references lack them."),
     ] = None,
+    allow_overlap: Annotated[
+        bool, typer.Option(help="Score cases too that the model was trained on.")
+    ] = False,
+    geometry: Annotated[
+        Geometry | None,
+        typer.Option(help="Which to trust where sform and qform differ; default as predicted."),
+    ] = None,
 ) -> None:
     """Score predictions per case and organ, in mm, on the original grid.
 
@@ -44,6 +51,8 @@ def evaluate(
         legacy=legacy,
         pages=pages,
         images=images,
+        allow_overlap=allow_overlap,
+        geometry=geometry,
     )
 
 
@@ -65,7 +74,9 @@ def label_efficiency(
     shard: Annotated[
         str | None, typer.Option(help="i/n: only this share of the jobs, in a job array.")
     ] = None,
-    tolerance_mm: Annotated[float, typer.Option(help="Of the normalised surface Dice.")] = 2.0,
+    tolerance_mm: Annotated[
+        float | None, typer.Option(help="Of the normalised surface Dice; default the recipe's.")
+    ] = None,
     allow_overlap: Annotated[
         bool, typer.Option(help="Go on although held-out volumes were seen in pre-training.")
     ] = False,

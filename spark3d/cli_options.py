@@ -1,12 +1,13 @@
 """Options that several commands share, read from text."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from spark3d.errors import ConfigError
 
+Geometry = Literal["agree", "sform", "qform"]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="A recipe (name or YAML file), then overrides `section.key=value`."),

@@ -231,7 +231,9 @@ def test_a_smoke_run_goes_from_the_archive_to_the_report_and_says_so(
     ledger = json.loads((tmp_path / "predicted" / "predict.json").read_text())
     assert ledger["settings"]["overlap"] == recipe.window_overlap
     assert ledger["protocol"]["smoke"]
-    scores = evaluate_command(tmp_path / "predicted", few, tmp_path / "scores")
+    with pytest.raises(DataError, match="1 of 1 predicted cases were trained on: img0001"):
+        evaluate_command(tmp_path / "predicted", few, tmp_path / "scores")
+    scores = evaluate_command(tmp_path / "predicted", few, tmp_path / "scores", allow_overlap=True)
     assert "no result" in scores.name
     assert sorted(scores.labels) == [1, 2, 3, 4, 6, 7, 8, 11]
     assert scores.settings["protocol"]["name"] == "btcv-synapse-18-12"

@@ -16,7 +16,7 @@ from spark3d import build, build_images
 from spark3d.classify_recipe import ClassifyRecipe
 from spark3d.commands.classify_inputs import ClassifyInputs, classify_inputs
 from spark3d.commands.image_folders import note_scans
-from spark3d.commands.runs import claim_run, finish_run, finished, open_run
+from spark3d.commands.runs import RunTime, claim_run, finish_run, finished, open_run
 from spark3d.config import find_recipe, load_recipe
 from spark3d.data.image_transforms import drawn_from
 from spark3d.engine.checkpoint import Checkpoints, write_atomically
@@ -136,7 +136,7 @@ def run_classification(
     steps = Waited(inputs.batches(done, fabric.global_rank, fabric.world_size))
     run_log = RunLog(out, done, recipe.log.tensorboard, fabric.is_global_zero)
     guard = BadLossGuard(recipe.compute.max_bad_losses)
-    clock, total = Stopwatch(), Stopwatch()
+    clock, total = Stopwatch(), RunTime(out)
     hits = Hits()
 
     with (
@@ -174,6 +174,7 @@ def run_classification(
             regular = step % recipe.compute.checkpoint_every == 0 and not result.skipped
             if fabric.is_global_zero and (regular or last or stop):
                 checkpoints.save_parts(step, parts)
+                total.note()
             bar.advance(f"loss {result.loss:.4f}")
             if stop and not last:
                 raise Interrupted(f"stopped after step {step}; the same command goes on from there")
@@ -185,7 +186,7 @@ def run_classification(
         save_classifier(target, judged.state_dict(), inputs.card())
         detail = {**scores, "hits": asdict(hits), "classes": list(inputs.classes)}
         write_atomically(out / "scores.json", json.dumps(detail, indent=1).encode())
-        finish_run(out, total.lap(), scores, {"model": target.name, "scores": scores})
+        finish_run(out, total.seconds, scores, {"model": target.name, "scores": scores})
         log.info("model: %s; top-1 %.2f %%", target, 100 * (scores["top1"] or 0.0))
     fabric.barrier()
     return Classified(target, scores)

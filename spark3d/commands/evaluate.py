@@ -13,14 +13,17 @@ from spark3d.commands.command_line import recorded_command
 from spark3d.commands.evaluate_pairs import Pair, Pairs, find_pairs, read_pair, read_record
 from spark3d.commands.report_cases import write_pages
 from spark3d.commands.runs import versions
+from spark3d.commands.splitting import weighed
+from spark3d.commands.stores import some
 from spark3d.data.files import write_atomic
 from spark3d.data.io import read_volume
 from spark3d.data.names import safe_name
+from spark3d.data.nifti_header import Geometry
 from spark3d.engine.progress import step_progress
-from spark3d.errors import ConfigError, EnvironmentProblem
+from spark3d.errors import ConfigError, DataError, EnvironmentProblem
 from spark3d.evaluation.legacy import legacy_table, legacy_variants
 from spark3d.evaluation.metrics import ABSENT_RULE, score_case
-from spark3d.evaluation.results import FILE, CaseScores, Evaluation
+from spark3d.evaluation.results import FILE, REFERENCE_GRID, CaseScores, Evaluation
 from spark3d.evaluation.tables import legacy_rich_table, summary_table
 from spark3d.protocols import SMOKE_NOTE
 from spark3d.reports.panels import overlay
@@ -41,6 +44,8 @@ def evaluate_command(
     pages: bool = False,
     images: Path | None = None,
     console: Console | None = None,
+    allow_overlap: bool = False,
+    geometry: Geometry | None = None,
 ) -> Evaluation:
     """Score label maps case by case on the grid of the references, and picture three cases.
 
@@ -61,18 +66,23 @@ def evaluate_command(
             holds label maps alone.
         pages: picture every case, not three, and write a page for each, `cases/<case>.html`.
         console: where the table is printed; stdout by default.
+        allow_overlap: score cases that the model was trained on; they are refused otherwise.
+        geometry: which part of a contradictory header of references and images to trust, "agree"
+            for none; as the prediction did if not given.
 
     Raises:
         ConfigError: `out` holds something else, a tolerance that makes no sense.
-        DataError: files that do not pair, grids that differ, labels that were not declared.
+        DataError: cases of training, files that do not pair, grids that differ, labels that were
+            not declared.
     """
     record = read_record(predictions)
     score, protocol = record.get("score") or {}, record.get("protocol") or {}
     if tolerance_mm is None:
         tolerance_mm = float(score.get("tolerance_mm", 2.0))
     console = console or Console()
-    pairs = find_pairs(predictions, references, labels, partial, images)
+    pairs = find_pairs(predictions, references, labels, partial, images, geometry)
     within = tolerances(tolerance_mm, pairs.organs.values())
+    overlap = weighed(trained_on(pairs), {}, allow_overlap)
     make_folder(out)
     scored = score_pairs(pairs, within, console.is_terminal)
     name = name or safe_name(predictions.resolve().name, "predictions")
@@ -84,8 +94,9 @@ def evaluate_command(
         "tolerance_mm": within if len(set(within.values())) > 1 else next(iter(within.values())),
         "protocol": protocol or None,
         "absent_rule": ABSENT_RULE,
-        "grid": "of the reference files",
+        "grid": REFERENCE_GRID,
         "unpredicted": list(pairs.unpredicted),
+        **({"overlap": overlap} if overlap else {}),
         "overlays": shown,
         "predict_command": record.get("command"),
         "command": shlex.join(recorded_command()),
@@ -101,6 +112,14 @@ def evaluate_command(
     if legacy:
         write_legacy(pairs, out / "legacy.csv", console)
     return result
+
+
+def trained_on(pairs: Pairs) -> list[str]:
+    """The cases that the model was trained on, told as errors are."""
+    if not (seen := pairs.trained_on):
+        return []
+    what = f"{len(seen)} of {len(pairs.cases)} predicted cases were trained on: {some(seen)}"
+    return [f"{what}; predict the others alone, such as with --held-out, into a new folder"]
 
 
 def tolerances(given: float | Mapping[str, float], organs: Iterable[str]) -> dict[str, float]:
@@ -188,11 +207,15 @@ def draw_overlays(pairs: Pairs, shown: Iterable[str], folder: Path) -> None:
 
 
 def image_of(pair: Pair, size: tuple[int, ...]) -> np.ndarray | None:
-    """The first channel of a case's image, None where it is unknown or lies on another grid."""
+    """The first channel of a case's image, None where it is unknown or cannot be laid under."""
     if pair.image is None:
         log.info("%s: its overlay has no image; --images tells where it is", pair.id)
         return None
-    volume = read_volume(pair.image, channels=True, nan_fill=0.0)
+    try:
+        volume = read_volume(pair.image, geometry=pair.geometry, channels=True, nan_fill=0.0)
+    except DataError as error:
+        log.warning("%s: its overlay has no image: %s", pair.id, error)
+        return None
     if volume.size != size:
         log.warning("%s: image and reference differ in size, so its overlay has no image", pair.id)
         return None

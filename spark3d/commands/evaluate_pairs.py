@@ -13,6 +13,7 @@ from spark3d.data.checks import check_same_grid, fault
 from spark3d.data.grid import Volume
 from spark3d.data.io import Source, read_label
 from spark3d.data.names import shown
+from spark3d.data.nifti_header import Geometry
 from spark3d.data.privacy import safe_cases
 from spark3d.data.sources import CaseSource, find
 from spark3d.errors import DataError
@@ -23,12 +24,16 @@ DATASETS = ("dataset.json", "RawData", "Abdomen", "Training", "Testing", "img", 
 
 @dataclass(frozen=True)
 class Pair:
-    """One case: its prediction, its reference, and its image where that is known."""
+    """One case: its prediction, its reference, and its image where that is known.
+
+    `geometry` says which part of a contradictory header of the files to trust.
+    """
 
     id: str
     prediction: Path
     reference: Path
     image: Source | None = None
+    geometry: Geometry = "agree"
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Pairs:
         unpredicted: references left out for lack of a prediction.
         spacing_mm: of the grid the model reads, None where it is not recorded.
         scored: labels that the run's recipe scores, none for all.
+        trained_on: cases whose voxels the model was trained on.
     """
 
     cases: tuple[Pair, ...]
@@ -50,6 +56,7 @@ class Pairs:
     unpredicted: tuple[str, ...]
     spacing_mm: tuple[float, ...] | None = None
     scored: tuple[int, ...] = ()
+    trained_on: tuple[str, ...] = ()
 
     @property
     def organs(self) -> dict[int, str]:
@@ -63,10 +70,13 @@ def find_pairs(
     labels: Mapping[int, str] | None,
     partial: bool,
     images: Path | None = None,
+    geometry: Geometry | None = None,
 ) -> Pairs:
     """Pair label maps by case id.
 
-    Of a dataset, only the sections that have predictions count, such as its validation cases.
+    Of a dataset, only the sections that have predictions count, such as its validation cases; of
+    predictions with `--held-out`, only the cases that the model's run kept for validation.
+    Headers are trusted as `geometry` says, or as the prediction did.
 
     Raises:
         DataError: no such folder, no file, cases without a partner (all listed), no labels known.
@@ -84,6 +94,8 @@ def find_pairs(
         )
     sections = {known[case].section for case in predicted}
     wanted = {case for case, c in known.items() if c.section in sections}
+    if (held_out := record.get("held_out")) is not None:
+        wanted &= set(held_out)
     missing = sorted(wanted - predicted.keys())
     if missing and not partial:
         raise DataError(
@@ -91,13 +103,13 @@ def find_pairs(
             f"{shown(predictions)}: {_some(missing)}; predict them, or ask for a partial evaluation"
         )
     volumes = {c.id: c.sources[0] for c in find(images).cases} if images else {}
+    trusted: Geometry = geometry or (record.get("settings") or {}).get("geometry") or "agree"
     pairs = []
     for case in sorted(predicted):
         reference = known[case]
         given = None if reference.image == reference.label else reference.image
-        pairs.append(
-            Pair(case, predicted[case], reference.label or Path(), volumes.get(case, given))
-        )
+        image = volumes.get(case, given)
+        pairs.append(Pair(case, predicted[case], reference.label or Path(), image, trusted))
     return Pairs(
         tuple(pairs),
         dict(labels or _labels(record) or declared or _found(pairs)),
@@ -105,7 +117,13 @@ def find_pairs(
         tuple(missing),
         _spacing(record),
         tuple((record.get("score") or {}).get("labels", ())),
+        tuple(sorted(c for c in predicted if record_of(record, c).get("trained_on"))),
     )
+
+
+def record_of(record: Mapping[str, Any], case: str) -> Mapping[str, Any]:
+    """What `predict` noted of one case; empty where it noted nothing."""
+    return (record.get("cases") or {}).get(case) or {}
 
 
 def read_pair(pair: Pair, labels: Iterable[int]) -> tuple[Volume, Volume]:
@@ -114,7 +132,8 @@ def read_pair(pair: Pair, labels: Iterable[int]) -> tuple[Volume, Volume]:
     Raises:
         DataError: they are on two grids, or hold other labels; names the case.
     """
-    reference, prediction = read_label(pair.reference), read_label(pair.prediction)
+    reference = read_label(pair.reference, geometry=pair.geometry)
+    prediction = read_label(pair.prediction)
     try:
         check_same_grid(prediction.source, reference.source, pair.id)
     except DataError:
@@ -144,7 +163,8 @@ def label_files(folder: Path, what: str) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise DataError(f"no such folder of {what}: {shown(folder)}")
-    files = [f for f in sorted(folder.iterdir()) if f.name.endswith((".nii", ".nii.gz"))]
+    seen = (f for f in sorted(folder.iterdir()) if not f.name.startswith("."))
+    files = [f for f in seen if f.name.endswith((".nii", ".nii.gz"))]
     named = [CaseSource(f.name.removesuffix(".gz").removesuffix(".nii"), f) for f in files]
     found = {case.id: case.image for case in safe_cases(named)[0]}
     if not files:
@@ -191,7 +211,8 @@ def _labels(record: Mapping[str, Any]) -> dict[int, str]:
 
 def _found(pairs: Iterable[Pair]) -> dict[int, str]:
     """Names for the labels that occur in the references, where nobody declared any."""
-    values = {int(v) for pair in pairs for v in np.unique(read_label(pair.reference).array)}
+    maps = (read_label(pair.reference, geometry=pair.geometry) for pair in pairs)
+    values = {int(v) for label in maps for v in np.unique(label.array)}
     if not values - {0}:
         raise DataError("no label in any reference; give the folder of the reference labels")
     return {v: f"label {v}" for v in sorted(values - {0})}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from spark3d import __version__
-from spark3d.build import LoadedSegmenter
+from spark3d.build import LoadedSegmenter, network_options
 from spark3d.errors import ConfigError
 from spark3d.models.definitions import literal_definition
 
@@ -59,8 +59,13 @@ def inference_config(segmenter: LoadedSegmenter, overlap: float) -> dict[str, An
     """`configs/inference.json`: from files to label maps."""
     card = segmenter.card
     kind = card.backbone
+    if (decoder := kind.get("decoder", {}).get("decoder", "auto")) != "auto":
+        raise ConfigError(
+            f"{kind['name']} with model.decoder={decoder} is no network of MONAI alone, so a "
+            "bundle cannot describe it; use --to exported or --to onnx"
+        )
     network = literal_definition(
-        kind["name"], kind["ndim"], kind["in_channels"], card.out_channels, kind["options"]
+        kind["name"], kind["ndim"], kind["in_channels"], card.out_channels, network_options(kind)
     )
     return {
         "device": {"_target_": "torch.device", "type": "cpu"},

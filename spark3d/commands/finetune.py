@@ -15,7 +15,7 @@ from torch import nn
 
 from spark3d import build, build_finetuning
 from spark3d.commands.labelled import FinetuneInputs, finetune_inputs
-from spark3d.commands.runs import claim_run, finish_run, finished, open_run
+from spark3d.commands.runs import RunTime, claim_run, finish_run, finished, open_run
 from spark3d.commands.stores import existing_folder, is_store
 from spark3d.config import FinetuneRecipe, find_recipe, resolve
 from spark3d.data.sources import find
@@ -189,7 +189,7 @@ def run_finetuning(
     steps = Waited(inputs.batches(done, fabric.global_rank, fabric.world_size))
     run_log = RunLog(out, done, recipe.log.tensorboard, fabric.is_global_zero)
     guard = BadLossGuard(recipe.compute.max_bad_losses)
-    clock, total = Stopwatch(), Stopwatch()
+    clock, total = Stopwatch(), RunTime(out)
     validation: dict[str, dict[int, float]] = {}
 
     with (
@@ -222,6 +222,7 @@ def run_finetuning(
             regular = step % recipe.compute.checkpoint_every == 0 and not result.skipped
             if fabric.is_global_zero and (regular or last or stop):
                 checkpoints.save_parts(step, parts)
+                total.note()
             bar.advance(f"loss {result.loss:.4f}")
             if stop and not last:
                 raise Interrupted(f"stopped after step {step}; the same command goes on from there")
@@ -238,7 +239,7 @@ def run_finetuning(
         headline: dict[str, Any] = summary(validation, inputs.scored)
         if recipe.protocol is not None and recipe.protocol.smoke:
             headline = {"smoke": SMOKE_NOTE, **headline}
-        finish_run(out, total.lap(), headline, {"model": target.name, "validation": scores})
+        finish_run(out, total.seconds, headline, {"model": target.name, "validation": scores})
         log.info("model: %s", target)
     fabric.barrier()
     return Finetuned(target, validation)

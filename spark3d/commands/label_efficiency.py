@@ -27,6 +27,7 @@ from spark3d.commands.label_tables import write_tables
 from spark3d.commands.labelled import (
     label_names,
     plan_finetuning,
+    with_scored,
 )
 from spark3d.commands.prepare import prepare_command
 from spark3d.commands.report import report_command
@@ -70,7 +71,7 @@ def label_efficiency_command(
     scratch: bool = True,
     jobs: int = 1,
     shard: str | None = None,
-    tolerance_mm: float = 2.0,
+    tolerance_mm: float | None = None,
     allow_overlap: bool = False,
     rates: Sequence[str] = (),
     console: Console | None = None,
@@ -92,7 +93,7 @@ def label_efficiency_command(
             encoder.
         jobs: at once, each in a process of its own, sharing the cores.
         shard: "i/n": only this share of the jobs.
-        tolerance_mm: of the surface Dice.
+        tolerance_mm: of the surface Dice; that of the recipe if not given.
         allow_overlap: go on although held-out volumes were seen in pre-training.
         rates: `NAME=RATE`, learning rates of single arms, for starts that were tuned apart.
         console: where results are printed.
@@ -110,12 +111,15 @@ def label_efficiency_command(
         raise ConfigError(f"{jobs} jobs at once, {subsets} subsets: both must be 1 or more")
     starts = with_rates(read_starts(encoders, scratch), rates)
     base = base_recipe(recipe, overrides, starts)
+    within = base.score.tolerance_mm if tolerance_mm is None else tolerance_mm
+    if not within > 0:
+        raise ConfigError(f"--tolerance-mm {within:g} must be above 0; 1 to 3 mm are usual")
     store, volumes = prepared(data, out, volumes, base, share is not None)
     parts = split_cases(base.split, store.cases)
     counts = label_counts(labels, len(parts.train))
     for _, passport in [pair for start in starts for pair in start.encoders]:
         check_overlap(parts, passport, allow_overlap)
-    study = open_study(out, store, volumes, base, parts, tolerance_mm, allow_overlap, jobs)
+    study = open_study(out, store, volumes, base, parts, within, allow_overlap, jobs)
     plan = plan_jobs(starts, counts, subsets, base, parts)
     mine = plan if share is None else plan[share[0] - 1 :: share[1]]
     todo = [job for job in mine if not study.is_done(job)]
@@ -198,6 +202,8 @@ def open_study(
     model = base.model
     unit = build.backbone(model.backbone, base.dims, model.in_channels, model.options).stride
     resolved, _ = plan_finetuning(base, store, parts.train, unit, 1)
+    names = label_names(store, [r for r in store.cases if r.has_label])
+    resolved = with_scored(resolved, parts.scored, names)
     file = out / "recipe.yaml"
     if file.is_file():
         if different := changed_keys(load_recipe(FinetuneRecipe, file), resolved):
@@ -209,7 +215,6 @@ def open_study(
         raise ConfigError(f"--out {out} holds something else ({others[0]}); choose a new folder")
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(file, dump_yaml(resolved).encode())
-    names = label_names(store, [r for r in store.cases if r.has_label])
     scored = resolved.score.labels
     kept = {k: v for k, v in to_tree(resolved).items() if k not in ("compute", "log")}
     threads = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)

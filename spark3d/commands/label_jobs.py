@@ -19,12 +19,19 @@ from spark3d.commands.evaluate import score_pairs
 from spark3d.commands.evaluate_pairs import find_pairs
 from spark3d.commands.finetune import finetune_command
 from spark3d.commands.predict import PredictSettings, predict_command, window_plan
+from spark3d.commands.runs import read_run_record
 from spark3d.data.files import write_atomic
 from spark3d.data.store import Store
 from spark3d.engine.logging import read_metrics
 from spark3d.errors import ConfigError
 from spark3d.evaluation.metrics import score_case
-from spark3d.evaluation.results import FILE, CaseScores, Evaluation
+from spark3d.evaluation.results import (
+    FILE,
+    REFERENCE_GRID,
+    STORE_GRID,
+    CaseScores,
+    Evaluation,
+)
 from spark3d.evaluation.windows import predict_labels
 
 RESULT = "result.json"
@@ -152,12 +159,12 @@ def run_job(study: Study, job: Job) -> None:
         torch.set_num_threads(study.threads)
     folder = study.folder(job)
     folder.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
     run = folder / "run"
     finetune_command(
         study.store, run, job.encoder, str(study.recipe), overrides(study, job),
         study.allow_overlap,
     )  # fmt: skip
+    began = time.perf_counter()
     score = score_on_store if study.volumes is None else score_on_files
     scores = Evaluation(job.key, study.labels, score(study, run, folder), _settings(study))
     write_atomic(folder / FILE, scores.to_json().encode())
@@ -167,7 +174,7 @@ def run_job(study: Study, job: Job) -> None:
         "labels": job.labels,
         "subset": job.subset,
         "identity": study.identity(job),
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": round(read_run_record(run)["seconds"] + time.perf_counter() - began, 1),
         "threads": torch.get_num_threads(),
         "curve": curve(run),
         "cases": json.loads(scores.to_json())["cases"],
@@ -197,9 +204,11 @@ def overrides(study: Study, job: Job) -> tuple[str, ...]:
 def score_on_files(study: Study, run: Path, folder: Path) -> tuple[CaseScores, ...]:
     """Predict the validation cases from their files and score them on their own grids."""
     assert study.volumes is not None
+    prepared = Store.open(study.store).settings
     found = predict_command(
         run, study.volumes, folder / PREDICTIONS, study.overlap,
-        skip_empty=study.skip_empty, only=study.validation,
+        skip_empty=study.skip_empty, only=study.validation, geometry=prepared["geometry"],
+        nan_fill=prepared["nan_fill"],
     )  # fmt: skip
     pairs = find_pairs(found, study.volumes, None, partial=True)
     return score_pairs(pairs, study.tolerance_mm, show=False)
@@ -240,5 +249,5 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 def _settings(study: Study) -> dict[str, Any]:
-    grid = "of the prepared store" if study.volumes is None else "of the reference files"
+    grid = STORE_GRID if study.volumes is None else REFERENCE_GRID
     return {"grid": grid, "tolerance_mm": study.tolerance_mm}

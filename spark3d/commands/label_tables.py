@@ -27,7 +27,7 @@ from spark3d.evaluation.efficiency import (
     under_trained,
 )
 from spark3d.evaluation.metrics import METRICS
-from spark3d.evaluation.results import Evaluation, case_scores
+from spark3d.evaluation.results import REFERENCE_GRID, STORE_GRID, Evaluation, case_scores
 from spark3d.reports.efficiency import LabelPoint, save_chart
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def write_tables(study: Study, arms: Sequence[str], plan: Sequence[Job], console
         "done": len(done),
         "steps": load_recipe(FinetuneRecipe, study.recipe).optim.steps,
         "rates": {job.arm: job.lr for job in plan if job.lr is not None},
-        "grid": "of the prepared store" if study.volumes is None else "of the reference files",
+        "grid": STORE_GRID if study.volumes is None else REFERENCE_GRID,
         "tolerance_mm": study.tolerance_mm,
         "validation": list(study.validation),
         "command": shlex.join(recorded_command()),

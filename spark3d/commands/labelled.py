@@ -1,9 +1,9 @@
 """What fine-tuning reads: labelled cases, their split, encoder weights, the stream of crops."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -129,7 +129,14 @@ class FinetuneInputs:
             pretrained_on=seen.content_hashes if seen else (),
             trained_on=tuple(self.store.record(case).content_hash for case in self.train),
             recipe=to_tree(without_paths(self.recipe)),
+            modality=_modality(self.store.record(case).modality for case in self.train),
         )
+
+
+def _modality(kinds: Iterable[str]) -> Literal["auto", "CT", "MR"]:
+    """The one modality of the training volumes; of several none is named."""
+    found = set(kinds)
+    return "CT" if found == {"CT"} else "MR" if found == {"MR"} else "auto"
 
 
 def finetune_inputs(
@@ -155,6 +162,7 @@ def finetune_inputs(
     check_channels(recipe, [*train, *validation])
     recipe, reasons = plan_finetuning(recipe, store, train, unit, fabric.world_size)
     labels = label_names(store, labelled)
+    recipe = with_scored(recipe, parts.scored, labels)
     crops = volume_crops(store, train, recipe, labelled=True)
     notes += [
         f"spacing {' x '.join(f'{s:g}' for s in store.spacing_mm)} mm: {why}",
@@ -184,6 +192,24 @@ def plan_finetuning(
     crop = build.sizes(fixed(resolved.data.crop), resolved.dims, "data.crop")
     check_crop(crop, unit, "data.crop", "the network's stride ")
     return resolved, reasons
+
+
+def with_scored(
+    recipe: FinetuneRecipe, of_split: Sequence[int], labels: Mapping[int, str]
+) -> FinetuneRecipe:
+    """The recipe with the labels that are scored: its own, else those that its split names.
+
+    Raises:
+        ConfigError: labels that the data do not have.
+    """
+    chosen = recipe.score.labels or tuple(of_split)
+    if strange := sorted(set(chosen) - labels.keys()):
+        known = ", ".join(f"{k} {name}" for k, name in labels.items())
+        raise ConfigError(
+            f"score.labels={list(chosen)}: the data have no label {', '.join(map(str, strange))}; "
+            f"choose from {known}"
+        )
+    return resolve(recipe, {"score.labels": list(chosen)})
 
 
 def check_channels(recipe: FinetuneRecipe, records: Sequence[CaseRecord]) -> None:

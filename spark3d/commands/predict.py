@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -13,15 +13,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from spark3d.build import LoadedSegmenter, load_segmenter
+from spark3d.commands.predict_cases import cases_of, check_format, held_out_cases
 from spark3d.commands.predict_ledger import Ledger
 from spark3d.data.case import PrepareSpec, prepare_case
-from spark3d.data.dicom_seg import check_dicom_seg, write_dicom_seg
+from spark3d.data.dicom_seg import write_dicom_seg
 from spark3d.data.geometry import resample_onto
-from spark3d.data.io import stem, write_label
-from spark3d.data.names import shown
+from spark3d.data.io import write_label
 from spark3d.data.nifti_header import Geometry
-from spark3d.data.privacy import safe_cases
-from spark3d.data.sources import CaseSource, find
+from spark3d.data.sources import CaseSource
 from spark3d.engine.loop import stop_on_signal
 from spark3d.engine.precision import warn_of_slow_bfloat16
 from spark3d.engine.progress import PROGRESS_COLUMNS
@@ -33,6 +32,7 @@ from spark3d.evaluation.windows import OnWindow, WindowPlan, predict_labels, pre
 log = logging.getLogger(__name__)
 
 Format = Literal["nifti", "dicom-seg"]
+Modality = Literal["auto", "CT", "MR"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class PredictSettings:
         geometry: which part of a contradictory header to trust, "agree" for none.
         nan_fill: value for NaN voxels; None refuses them.
         format: of the label maps.
+        modality: "CT", "MR", or "auto" to tell it from the values, as `spark3d prepare` does.
     """
 
     overlap: float = 0.5
@@ -60,6 +61,7 @@ class PredictSettings:
     geometry: Geometry = "agree"
     nan_fill: float | None = None
     format: Format = "nifti"
+    modality: Modality = "auto"
 
 
 def predict_command(
@@ -79,6 +81,8 @@ def predict_command(
     only: Collection[str] | None = None,
     console: Console | None = None,
     format: Format = "nifti",
+    held_out: bool = False,
+    modality: Modality | None = None,
 ) -> Path:
     """Segment volumes; finished label maps of an earlier call with the same model are left alone.
 
@@ -93,6 +97,8 @@ def predict_command(
         section: only the cases of one section of a dataset, such as "validation".
         only: only the cases of these ids, all of which must be there.
         console: where progress is drawn; stderr by default.
+        held_out: only the cases that the model's run kept for validation.
+        modality: as in `PredictSettings`; that of the training volumes if not given.
 
     The other arguments are those of `PredictSettings`.
 
@@ -108,16 +114,20 @@ def predict_command(
         overlap = float(segmenter.card.recipe.get("window_overlap", 0.5))
     if skip_empty is None:
         skip_empty = segmenter.window.has_air
+    if modality is None:
+        modality = segmenter.card.modality
     settings = PredictSettings(
-        overlap, tuple(flips), skip_empty, amp, max_class_map_gib, geometry, nan_fill, format
-    )
+        overlap, tuple(flips), skip_empty, amp, max_class_map_gib, geometry, nan_fill, format,
+        modality,
+    )  # fmt: skip
     plan = window_plan(segmenter, settings, batch)
     place = chosen_device(device)
     warn_of_slow_bfloat16(place, amp, "leave out --amp")
     segmenter.network.to(place)
-    cases = cases_of(data, section, only)
+    kept = held_out_cases(model) if held_out else None
+    cases = cases_of(data, section, only if kept is None else kept, out)
     check_format(cases, format)
-    ledger = Ledger.open(out, segmenter, asdict(settings))
+    ledger = Ledger.open(out, segmenter, asdict(settings), kept)
     todo = [case for case in cases if not ledger.is_done(case.id)]
     if len(todo) < len(cases):
         console.print(f"{len(cases) - len(todo)} of {len(cases)} cases are there already")
@@ -173,6 +183,7 @@ def segment(
     """
     spec = PrepareSpec(
         spacing_mm=_three(segmenter.spacing_mm),
+        modality=settings.modality,
         geometry=settings.geometry,
         nan_fill=settings.nan_fill,
         fourth_axis=segmenter.card.backbone["in_channels"] > 1,
@@ -215,23 +226,6 @@ def segment(
     return record.content_hash, how
 
 
-def check_format(cases: Sequence[CaseSource], format: Format) -> None:
-    """Refuse a format that the volumes cannot be written in, before any is segmented.
-
-    Raises:
-        ConfigError: DICOM-SEG for volumes that are no DICOM series.
-        EnvironmentProblem: the package that writes it is not installed.
-    """
-    if format == "nifti":
-        return
-    check_dicom_seg()
-    if others := [case.id for case in cases if not case.slices]:
-        raise ConfigError(
-            f"--format {format} is for DICOM series, which {len(others)} of {len(cases)} volumes "
-            f"are not ({', '.join(others[:5])}): leave it out"
-        )
-
-
 def window_plan(segmenter: LoadedSegmenter, settings: PredictSettings, batch: int) -> WindowPlan:
     """Windows as large as the crops of training, mirrored passes with left and right exchanged.
 
@@ -241,6 +235,8 @@ def window_plan(segmenter: LoadedSegmenter, settings: PredictSettings, batch: in
     axes = sorted(set(settings.flips))
     sets = tuple(s for n in range(1, len(axes) + 1) for s in combinations(axes, n))
     swaps = segmenter.card.swap or (mirrored_pairs(segmenter.labels) if 0 in axes else ())
+    if 0 in axes:
+        tell_swaps(segmenter.labels, swaps)
     if settings.skip_empty and not segmenter.window.has_air:
         raise ConfigError(
             "skip_empty needs a model with a unit window, where air is 0; this one has mode "
@@ -255,6 +251,19 @@ def window_plan(segmenter: LoadedSegmenter, settings: PredictSettings, batch: in
         empty_below=0.0 if settings.skip_empty else None,
         amp_dtype=torch.bfloat16 if settings.amp else None,
     )
+
+
+def tell_swaps(labels: Mapping[int, str], swaps: Sequence[tuple[int, int]]) -> None:
+    """Which labels change places in passes mirrored from left to right, or that none does."""
+    if swaps:
+        told = ", ".join(f"{labels[a]} and {labels[b]}" for a, b in swaps)
+        log.info("passes mirrored from left to right exchange %s", told)
+    else:
+        log.warning(
+            "passes mirrored from left to right exchange no labels, as no name tells a side: leave "
+            "axis 0 out of --flips if labels come in pairs (data.augment.swap of training names "
+            "them)"
+        )
 
 
 def chosen_device(name: str) -> torch.device:
@@ -272,32 +281,6 @@ def chosen_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise EnvironmentProblem(f"no device {name!r} here ({reason}); use --device cpu") from None
     return device
-
-
-def cases_of(
-    data: Path, section: str | None, only: Collection[str] | None = None
-) -> list[CaseSource]:
-    """The volumes to segment, under names that may stand in files.
-
-    Raises:
-        DataError: none, or no volume of an id in `only`.
-    """
-    one = data.is_file()
-    cases = [CaseSource(id=stem(data), image=data)] if one else list(find(data).cases)
-    if section is not None:
-        known = sorted({c.section for c in cases})
-        cases = [c for c in cases if c.section == section]
-        if not cases:
-            raise DataError(f"{shown(data)} has no section {section!r}; it has {', '.join(known)}")
-    safe = safe_cases(cases)[0]
-    if only is None:
-        return safe
-    if absent := sorted(set(only) - {c.id for c in safe}):
-        raise DataError(
-            f"{shown(data)} has no volume of {len(absent)} cases to segment "
-            f"({', '.join(absent[:5])}); give the folder that was prepared"
-        )
-    return [c for c in safe if c.id in only]
 
 
 def _three(spacing_mm: Sequence[float]) -> tuple[float, float, float]:

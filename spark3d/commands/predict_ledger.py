@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -24,14 +24,25 @@ SUFFIX: Mapping[str, str] = MappingProxyType({"nifti": ".nii.gz", "dicom-seg": "
 class Ledger:
     """`predict.json`: what made the label maps of a folder, and which of them are whole."""
 
-    def __init__(self, folder: Path, record: dict[str, Any]) -> None:
-        self.folder, self.record = folder, record
+    def __init__(self, folder: Path, record: dict[str, Any], trained_on: frozenset[str]) -> None:
+        self.folder, self.record, self.trained_on = folder, record, trained_on
 
     @classmethod
     def open(
-        cls, folder: Path, segmenter: LoadedSegmenter, settings: Mapping[str, Any]
+        cls,
+        folder: Path,
+        segmenter: LoadedSegmenter,
+        settings: Mapping[str, Any],
+        held_out: Sequence[str] | None = None,
     ) -> "Ledger":
         """Start a folder, or go on with one of the same model and settings.
+
+        Args:
+            folder: gets the label maps.
+            segmenter: what makes them.
+            settings: how.
+            held_out: the cases that the model's run kept for validation, where only these are
+                asked for.
 
         Raises:
             ConfigError: the folder holds something else.
@@ -47,6 +58,7 @@ class Ledger:
             "spacing_mm": list(segmenter.spacing_mm),
             "protocol": segmenter.card.recipe.get("protocol"),
             "score": segmenter.card.recipe.get("score", {}),
+            "held_out": None if held_out is None else list(held_out),
             "versions": versions(),
             "cases": {},
         }
@@ -61,7 +73,7 @@ class Ledger:
             raise EnvironmentProblem(
                 f"cannot write --out {folder}: {error.strerror}; choose another folder"
             ) from None
-        ledger = cls(folder, record)
+        ledger = cls(folder, record, frozenset(segmenter.card.trained_on))
         ledger._write()
         return ledger
 
@@ -78,6 +90,7 @@ class Ledger:
         """Note a label map that has just been written; its image by its voxels, never its path."""
         self.record["cases"][case.id] = {
             "content_hash": content_hash,
+            "trained_on": content_hash in self.trained_on,
             "sha256": file_sha256(self.file(case.id)),
             "moved": moved,
             "seconds": round(seconds, 2),

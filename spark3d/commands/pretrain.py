@@ -13,7 +13,7 @@ from spark3d import build
 from spark3d.commands.image_folders import note_scans
 from spark3d.commands.inputs import PretrainInputs, pretrain_inputs
 from spark3d.commands.probing import Probe, open_probe
-from spark3d.commands.runs import claim_run, finish_run, finished, open_run
+from spark3d.commands.runs import RunTime, claim_run, finish_run, finished, open_run
 from spark3d.commands.start import read_start
 from spark3d.config import PretrainRecipe, find_recipe, load_recipe
 from spark3d.engine.checkpoint import Checkpoints
@@ -164,7 +164,7 @@ def run_pretraining(
     steps = Waited(inputs.batches(done, fabric.global_rank, fabric.world_size))
     run_log = RunLog(out, done, recipe.log.tensorboard, fabric.is_global_zero)
     guard = BadLossGuard(recipe.compute.max_bad_losses)
-    clock, total = Stopwatch(), Stopwatch()
+    clock, total = Stopwatch(), RunTime(out)
 
     with (
         closing(run_log),
@@ -195,6 +195,7 @@ def run_pretraining(
             regular = step % recipe.compute.checkpoint_every == 0 and not result.skipped
             if fabric.is_global_zero and (regular or last or stop):
                 checkpoints.save_parts(step, parts)
+                total.note()
             bar.advance(f"loss {result.loss:.4f}")
             if stop and not last:
                 raise Interrupted(f"stopped after step {step}; the same command goes on from there")
@@ -203,7 +204,7 @@ def run_pretraining(
     if fabric.is_global_zero:
         rest = save_objective(target, objective.rest_state())
         save_encoder(target, objective.encoder_state(), replace(passport, objective_sha256=rest))
-        finish_run(out, total.lap(), {"steps": optim.steps}, {"encoder": target.name})
+        finish_run(out, total.seconds, {"steps": optim.steps}, {"encoder": target.name})
         log.info("encoder weights: %s", target)
     fabric.barrier()
     return target

@@ -11,7 +11,9 @@ from spark3d.commands.report_cases import case_group
 from spark3d.commands.report_runs import Run, duration, read_run, run_card, run_curves
 from spark3d.commands.report_scores import (
     Scored,
+    check_comparable,
     command_of,
+    grid_of,
     headlines,
     read_scores,
     score_table,
@@ -45,7 +47,7 @@ def report_command(
         title: heading of the page.
 
     Raises:
-        ConfigError: no folder, or two with one name.
+        ConfigError: no folder, two with one name, or scores of another grid or tolerance.
         DataError: a folder that is neither a run nor an evaluation, or runs without common organs.
     """
     trained, scored, studies = read_folders(runs)
@@ -53,6 +55,7 @@ def report_command(
     if len(evaluations) > 1 and not shared_organs(evaluations):
         names = ", ".join(e.name for e in evaluations)
         raise DataError(f"{names} have no organ in common; report on them one by one")
+    check_comparable(evaluations)
     colours = run_colours(trained, scored)
     groups = [case_group(s, i) for i, s in enumerate(scored)]
     page = Report(
@@ -64,6 +67,7 @@ def report_command(
         curves=tuple(run_curves(trained, colours)),
         studies=tuple(study_section(s) for s in studies),
         tables=tuple(score_table(evaluations, m) for m in METRICS) if evaluations else (),
+        grid=grid_of(evaluations[0]) if evaluations else "",
         spreads=tuple(spread_charts(evaluations)) if evaluations else (),
         cases=tuple(g for g in groups if g.cards),
         commands=_commands(trained, scored, studies),
@@ -175,9 +179,16 @@ def _notes(scored: Sequence[Scored]) -> tuple[str, ...]:
     rules = {str(s.scores.settings.get("absent_rule", ABSENT_RULE)) for s in scored}
     return (
         DEFINITIONS,
+        *(line for s in scored for line in _overlap(s.scores)),
         *(f"Absent organs: {rule}." for rule in sorted(rules)),
         "The mean of organs is taken per case first, then over cases; the background is not in it.",
     )
+
+
+def _overlap(scores: Evaluation) -> list[str]:
+    """Leaks that were allowed when a run was scored."""
+    told = scores.settings.get("overlap", {}).get("allowed", ())
+    return [f"{scores.name}: {line}. Scores are not those of unseen cases." for line in told]
 
 
 def _count(number: int, noun: str) -> str:

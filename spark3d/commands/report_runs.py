@@ -165,7 +165,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("Validation Dice", _number(summary.get("dice"))),
         ("Validation top-1", _share(summary.get("top1"))),
         ("Validation top-5", _share(summary.get("top5"))),
-        ("Time", duration(record["seconds"]) if "seconds" in record else "not finished"),
+        ("Time", duration(record["seconds"]) if "summary" in record else "not finished"),
         ("Version", str(_section(record, "versions").get("spark3d", ""))),
         ("Commit", str(record.get("git") or "")),
     ]

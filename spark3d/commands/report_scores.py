@@ -1,11 +1,18 @@
 """Evaluations as the report shows them: tables, spreads, cases, and a verdict in words."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from spark3d.evaluation.results import FILE, Evaluation, load_evaluation, shared_organs
+from spark3d.errors import ConfigError
+from spark3d.evaluation.results import (
+    FILE,
+    REFERENCE_GRID,
+    Evaluation,
+    load_evaluation,
+    shared_organs,
+)
 from spark3d.evaluation.statistics import PairedDifference
 from spark3d.evaluation.tables import (
     Cell,
@@ -44,6 +51,39 @@ def read_scores(name: str | None, folder: Path) -> Scored:
     """Read an evaluation folder; `name` replaces the one in it."""
     scores = load_evaluation(folder)
     return Scored(folder, replace(scores, name=name) if name else scores)
+
+
+def check_comparable(runs: Sequence[Evaluation]) -> None:
+    """Refuse scores that do not stand for the same thing in every run.
+
+    Raises:
+        ConfigError: other grids, or other tolerances of the surface Dice.
+    """
+    for run in runs[1:]:
+        if (one := grid_of(runs[0])) != (other := grid_of(run)):
+            raise ConfigError(
+                f"{runs[0].name} was scored on {one}, {run.name} on {other}: score both on the "
+                "same, or report them apart"
+            )
+        for organ in shared_organs([runs[0], run]):
+            within = [tolerance_mm(r, organ) for r in (runs[0], run)]
+            if within[0] != within[1]:
+                raise ConfigError(
+                    f"the surface Dice of {organ} is within {within[0]} mm in {runs[0].name}, "
+                    f"{within[1]} mm in {run.name}: evaluate both with the same --tolerance-mm"
+                )
+
+
+def tolerance_mm(run: Evaluation, organ: str) -> float | None:
+    """Of the surface Dice of one organ; None where it was not recorded."""
+    known = run.settings.get("tolerance_mm")
+    return known.get(organ) if isinstance(known, Mapping) else known
+
+
+def grid_of(run: Evaluation) -> str:
+    """The grid that a run was scored on, in words that follow "on"."""
+    grid = run.settings.get("grid", REFERENCE_GRID)
+    return "the original grid" if grid == REFERENCE_GRID else f"the grid {grid}"
 
 
 def score_table(runs: Sequence[Evaluation], metric: str) -> ScoreTable:
@@ -93,6 +133,8 @@ def headlines(runs: Sequence[Evaluation]) -> list[Headline]:
             Headline(name, format_cell(replace(cell, sd=math.nan), "dice"), note, colour=i)
         )
     for name, d in zip(table.runs[1:], total.differences, strict=True):
+        if not d.pairs:
+            continue
         note = f"{_interval(d, 'dice')}, up in {d.positive} of {d.pairs} cases"
         label = f"{name} minus {table.runs[0]}"
         found.append(Headline(label, f"{d.mean:+.3f}", note, tone(d, "dice")))
@@ -105,10 +147,13 @@ def verdict(runs: Sequence[Evaluation]) -> str:
     if len(runs) == 1:
         return (
             f"{runs[0].name} reaches a mean Dice of {total.cells[0].mean:.3f} over "
-            f"{total.cells[0].cases} cases and {len(runs[0].labels)} organs, on the original grid."
+            f"{total.cells[0].cases} cases and {len(runs[0].labels)} organs, on {grid_of(runs[0])}."
         )
     parts = []
     for run, d in zip(runs[1:], total.differences, strict=True):
+        if not d.pairs:
+            parts.append(f"{run.name} and {runs[0].name} share no case, so they are not compared.")
+            continue
         says = {
             "good": f"{run.name} is better than {runs[0].name}",
             "bad": f"{run.name} is worse than {runs[0].name}",

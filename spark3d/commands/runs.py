@@ -5,6 +5,7 @@ import json
 import logging
 import platform
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -196,17 +197,40 @@ def finished(out: Path) -> dict[str, Any] | None:
     return read_run_record(out).get("result")
 
 
+class RunTime:
+    """How long a run has taken over all its stretches; in `run.json` as of every checkpoint.
+
+    What a killed run did after its last checkpoint is done again, so its time does not count.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.before = float(read_run_record(out).get("seconds", 0.0))
+        self.began = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Of all stretches up to now."""
+        return round(self.before + time.perf_counter() - self.began, 1)
+
+    def note(self) -> None:
+        """Write it into the record of the run."""
+        record = read_run_record(self.out)
+        record["seconds"] = self.seconds
+        write_atomically(self.out / "run.json", json.dumps(record, indent=1).encode())
+
+
 def finish_run(out: Path, seconds: float, summary: dict[str, Any], result: dict[str, Any]) -> None:
     """Add the end of a run to `run.json`.
 
     Args:
         out: the run folder.
-        seconds: of this stretch; those of earlier ones are added.
+        seconds: of all stretches.
         summary: headline numbers, for reports.
         result: what the same command returns when it is given again.
     """
     record = read_run_record(out)
-    record["seconds"] = round(record.get("seconds", 0.0) + seconds, 1)
+    record["seconds"] = seconds
     record["summary"] = summary
     record["result"] = result
     write_atomically(out / "run.json", json.dumps(record, indent=1).encode())

@@ -32,12 +32,14 @@ class SplitCases:
         validation: labelled, scored at the end.
         test: neither; no weights may have seen them.
         note: where the split comes from, for the screen.
+        scored: labels that the split scores; none for all.
     """
 
     train: tuple[CaseRecord, ...]
     validation: tuple[CaseRecord, ...]
     test: tuple[CaseRecord, ...] = ()
     note: str = ""
+    scored: tuple[int, ...] = ()
 
 
 def split_cases(split: SplitSection, records: Sequence[CaseRecord]) -> SplitCases:
@@ -75,7 +77,7 @@ def _by_name(split: SplitSection, records: Sequence[CaseRecord]) -> SplitCases:
         tuple(by_id[i] for i in ids) for ids in (chosen.train, chosen.validation, chosen.test)
     )
     note = f"split {chosen.name}, {len(test)} test cases kept apart; {chosen.about}".rstrip("; ")
-    return SplitCases(train, validation, test, note)
+    return SplitCases(train, validation, test, note, chosen.labels or ())
 
 
 def _by_lists(split: SplitSection, records: Sequence[CaseRecord]) -> SplitCases:

@@ -10,7 +10,10 @@ from spark3d.errors import ConfigError
 
 
 def mirrored_pairs(labels: Mapping[int, str]) -> tuple[tuple[int, int], ...]:
-    """Pairs of labels that a left-right mirror exchanges, found by "left" and "right" in the names.
+    """Pairs of labels that a left-right mirror exchanges, found by their names.
+
+    Sides are "left" and "right", or "l" and "r" alone, as in `kidney_l`; the letters count where
+    both labels of the pair are declared.
 
     Raises:
         ConfigError: if a name says "left" or "right" and its counterpart is not declared.
@@ -18,10 +21,12 @@ def mirrored_pairs(labels: Mapping[int, str]) -> tuple[tuple[int, int], ...]:
     by_name = {name.lower(): label for label, name in labels.items()}
     pairs = set()
     for name, label in by_name.items():
-        twin = re.sub("left|right", lambda side: _OTHER[side.group()], name)
+        twin = SIDE.sub(lambda side: _OTHER[side.group()], name)
         if twin == name:
             continue
         if twin not in by_name:
+            if not re.search("left|right", name):
+                continue
             raise ConfigError(
                 f"label {label} '{name}' has no counterpart '{twin}', so a left-right mirror has "
                 "no meaning for it; predict without flips along the left-right axis"
@@ -30,7 +35,8 @@ def mirrored_pairs(labels: Mapping[int, str]) -> tuple[tuple[int, int], ...]:
     return tuple(sorted(pairs))
 
 
-_OTHER = {"left": "right", "right": "left"}
+SIDE = re.compile(r"left|right|(?<![a-z0-9])[lr](?![a-z0-9])")
+_OTHER = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
 
 def mean_over_flips(

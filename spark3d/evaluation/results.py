@@ -13,6 +13,8 @@ from spark3d.errors import DataError
 from spark3d.evaluation.metrics import METRICS
 
 FILE = "evaluation.json"
+REFERENCE_GRID, STORE_GRID = "of the reference files", "of the prepared store"
+"""What scores are taken on, as `settings["grid"]` says it."""
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,7 @@ class Report:
     curves: tuple[Chart, ...] = ()
     studies: tuple[Study, ...] = ()
     tables: tuple[ScoreTable, ...] = ()
+    grid: str = ""
     spreads: tuple[Chart, ...] = ()
     cases: tuple[CaseGroup, ...] = ()
     case_tables: tuple[TextTable, ...] = ()

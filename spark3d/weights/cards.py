@@ -21,7 +21,7 @@ def save_with_card(path: Path, state: Mapping[str, Tensor], card: Mapping[str, A
 
 
 def load_with_card(
-    path: Path, keys: set[str], of: str = ""
+    path: Path, keys: set[str], of: str = "", newer: frozenset[str] = frozenset()
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_with_card` wrote.
 
@@ -29,6 +29,7 @@ def load_with_card(
         path: the weights, or the folder of their run.
         keys: the card must have just these.
         of: whose card it should be, for the message: " of a classifier".
+        newer: keys that older cards do not have.
 
     Raises:
         DataError: files missing, damaged, or not belonging together.
@@ -43,7 +44,7 @@ def load_with_card(
         card = json.loads(note.read_text(encoding="utf-8"))
     except ValueError:
         raise DataError(f"{note} is damaged; copy it again from the run that wrote it") from None
-    if not isinstance(card, dict) or set(card) != keys:
+    if not isinstance(card, dict) or not keys - newer <= set(card) <= keys:
         raise ConfigError(f"{note} is no card{of} of this version of spark3d")
     if file_sha256(path) != card["sha256"]:
         raise DataError(f"{path} is damaged: its SHA-256 differs from the one in {note.name}")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -27,6 +27,7 @@ class ModelCard:
         pretrained_on: Content hashes of the volumes that encoder has seen.
         trained_on: Content hashes of the training volumes.
         recipe: The resolved recipe.
+        modality: "CT" or "MR" where all training volumes are of one kind, else "auto".
         versions: Of Python and the packages.
         sha256: Of the weights' file; filled in on saving.
     """
@@ -42,6 +43,7 @@ class ModelCard:
     pretrained_on: tuple[str, ...] = ()
     trained_on: tuple[str, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    modality: Literal["auto", "CT", "MR"] = "auto"
     versions: Mapping[str, str] = field(default_factory=package_versions)
     sha256: str = ""
 
@@ -58,7 +60,8 @@ def load_model(path: Path) -> tuple[dict[str, Tensor], ModelCard]:
         DataError: Files missing, damaged, or not belonging together.
         ConfigError: The card is of another version.
     """
-    state, tree = load_with_card(path, {f.name for f in fields(ModelCard)})
+    keys = {f.name for f in fields(ModelCard)}
+    state, tree = load_with_card(path, keys, newer=frozenset({"modality"}))
     tree["spacing_mm"], tree["crop"] = tuple(tree["spacing_mm"]), tuple(tree["crop"])
     tree["swap"] = tuple(tuple(pair) for pair in tree["swap"])
     return state, ModelCard(**tree)

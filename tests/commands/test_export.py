@@ -12,8 +12,8 @@ import torch
 
 from spark3d import build
 from spark3d.commands import export_graph
-from spark3d.commands.export import export_command, same_logits
-from spark3d.commands.export_bundle import inference_config
+from spark3d.commands.export import export_command, run_bundle, same_logits
+from spark3d.commands.export_bundle import inference_config, write_bundle
 from spark3d.commands.export_nnunet import FILE, RESENC_L, adaptation_plan
 from spark3d.data.intensity import Window
 from spark3d.errors import ConfigError, DataError, EnvironmentProblem
@@ -71,6 +71,32 @@ def test_a_bundle_pads_small_volumes_with_the_lower_end_of_the_window(finetuned:
     ]:
         config = inference_config(replace(segmenter, window=window), 0.5)
         assert config["inferer"]["cval"] == pytest.approx(value)
+
+
+def described(finetuned2d: Path, decoder: dict) -> build.LoadedSegmenter:
+    """A DynUNet of slices, as a run with these keys of `model` would leave it."""
+    usual = build.load_segmenter(finetuned2d)
+    options = {"filters": [4, 8, 16], "strides": [1, 2, 2]}
+    kind = {
+        "name": "monai/dynunet", "ndim": 2, "in_channels": 1, "options": options,
+        "decoder": {"decoder": "auto", "feature_size": 4, "deep_supervision": False, **decoder},
+    }  # fmt: skip
+    network, _ = build.segmentation_network(kind, usual.card.out_channels)
+    return replace(usual, network=network.eval(), card=replace(usual.card, backbone=kind))
+
+
+def test_a_bundle_has_the_heads_of_deep_supervision(finetuned2d: Path, tmp_path: Path) -> None:
+    segmenter = described(finetuned2d, {"deep_supervision": True})
+    write_bundle(segmenter, tmp_path / "bundle", 0.5)
+    crops = torch.rand(2, 1, 16, 16)
+    with torch.no_grad():
+        expected = segmenter.network(crops)
+    torch.testing.assert_close(run_bundle(tmp_path / "bundle", crops), expected)
+
+
+def test_a_bundle_cannot_hold_our_decoder(finetuned2d: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.decoder=unet is no network of MONAI alone"):
+        inference_config(described(finetuned2d, {"decoder": "unet"}), 0.5)
 
 
 @pytest.mark.filterwarnings("ignore:parsing config_file")  # at every reading, whatever is in it

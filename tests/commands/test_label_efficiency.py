@@ -214,6 +214,19 @@ def test_another_study_does_not_mix_in(finished: Path, store: Path, pretrained: 
         study(store, finished, pretrained, labels=[1], tolerance_mm=3.0)
 
 
+def test_the_tolerance_is_that_of_the_recipe_unless_given(
+    store: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    changes = (*TINY, "score.tolerance_mm=3.5")
+    options = {"labels": [1], "subsets": 1, "scratch": False, "overrides": changes}
+    study(store, tmp_path / "a", pretrained, **options)
+    assert lines(tmp_path / "a")[0]["identity"]["tolerance_mm"] == 3.5
+    for wrong in (0.0, -1.0):
+        with pytest.raises(ConfigError, match="must be above 0"):
+            study(store, tmp_path / "b", pretrained, tolerance_mm=wrong, **options)
+    assert not (tmp_path / "b").exists()
+
+
 def test_starts_can_have_learning_rates_of_their_own(
     finished: Path, store: Path, pretrained: Path, tmp_path: Path
 ) -> None:

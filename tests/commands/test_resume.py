@@ -157,9 +157,18 @@ def test_a_stopped_finetuning_goes_on_with_its_validation(
     def run() -> None:
         finetune_command(store, tmp_path, pretrained, None, often)
 
+    def seconds() -> float:
+        return json.loads((tmp_path / "run.json").read_text())["seconds"]
+
     stopped(monkeypatch, finetune_module, 3, run)
+    first = seconds()
+    record = json.loads((tmp_path / "run.json").read_text())
+    record["seconds"] = 1000.0  # as after a longer stretch
+    (tmp_path / "run.json").write_text(json.dumps(record))
     run()
     assert_same_finetuning(tmp_path, finetuned)
+    assert first > 0
+    assert seconds() > 1000
 
 
 def repeated_pretraining(store: Path, run: Path, pretrained: Path) -> None:

@@ -67,6 +67,21 @@ def test_pretraining_leaves_out_what_a_split_holds_back(
     assert set(passport.content_hashes) == {hashes[i] for i in ("case1", "extra1", "extra2")}
 
 
+def test_the_labels_of_a_split_are_scored_unless_the_recipe_says(
+    tuning: Tuning, tmp_path: Path, out: Path
+) -> None:
+    file = written(tmp_path / "mine.json", {**HALVES, "labels": [1, 3]})
+    split = ("split.use=named", f"split.name={file}")
+    succeeds(*tuning(*split))
+    card = json.loads((out / "model.json").read_text())
+    assert card["recipe"]["score"]["labels"] == [1, 3]
+    (scores,) = json.loads((out / "run.json").read_text())["result"]["validation"].values()
+    assert sorted(scores) == ["1", "3"]
+    shutil.rmtree(out)
+    succeeds(*tuning(*split, "score.labels=[2]"))
+    assert json.loads((out / "model.json").read_text())["recipe"]["score"]["labels"] == [2]
+
+
 # ---- what does not fit ---------------------------------------------------------------------------
 
 
@@ -75,6 +90,7 @@ def test_pretraining_leaves_out_what_a_split_holds_back(
     [
         (["split.use=named", "split.name=btcv"], CONFIG, "choose from btcv-80-20, btcv-monai-24-6"),
         (["split.use=named"], CONFIG, "no split is called ''"),
+        (["score.labels=[1,14]"], CONFIG, "the data have no label 14; choose from 1 liver"),
         (["split.use=named", "split.name=no.json"], DATA, "E-SPLIT-FILE: no.json: found a file"),
         (["split.use=named", "split.name=btcv-80-20"], DATA, "E-SPLIT-ABSENT: split btcv-80-20: "),
         (["split.use=named", "split.name=btcv-80-20", "split.fold=0"], CONFIG, "has no folds"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from known_scans import LABELS, ByIntensity, ball, odd_affine, write_nifti
@@ -31,20 +32,23 @@ def segmenter(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ByIntensity]:
         sha256: str = "0" * 64,
         window: Window | None = None,
         swap: tuple[tuple[int, int], ...] = (),
+        labels: dict[int, str] | None = None,
+        **card_values: Any,
     ) -> ByIntensity:
         network = ByIntensity()
         window = window or Window("unit", 0, 1000)
         card = ModelCard(
             backbone={"name": "test", "ndim": 3, "in_channels": 1, "options": {}},
             out_channels=3,
-            labels={str(k): v for k, v in LABELS.items()},
+            labels={str(k): v for k, v in (labels or LABELS).items()},
             spacing_mm=spacing_mm,
             window={},
             crop=crop,
             swap=swap,
             sha256=sha256,
+            **card_values,
         )
-        loaded = LoadedSegmenter(network, spacing_mm, window, crop, LABELS, card)
+        loaded = LoadedSegmenter(network, spacing_mm, window, crop, labels or LABELS, card)
         monkeypatch.setattr("spark3d.commands.predict.load_segmenter", lambda path: loaded)
         return network
 

@@ -14,6 +14,8 @@ from spark3d.commands import evaluate as evaluating
 from spark3d.commands.evaluate import evaluate_command, ranks
 from spark3d.commands.evaluate_pairs import find_pairs
 from spark3d.commands.predict import predict_command
+from spark3d.commands.predict_ledger import FILE as LEDGER
+from spark3d.commands.report import report_command
 from spark3d.errors import ConfigError, DataError
 from spark3d.evaluation.results import CaseScores, Evaluation, load_evaluation
 
@@ -145,6 +147,84 @@ def test_only_the_sections_with_predictions_must_be_complete(tmp_path, predictio
     result = evaluate_command(predictions, root, tmp_path / "s", console=silent())
     assert [c.id for c in result.cases] == ["case1", "case2"]
     assert list(result.labels.values()) == ["ball", "body"]
+
+
+def test_cases_of_training_are_refused_unless_allowed(scans, segmenter, tmp_path):
+    segmenter()
+    record = json.loads((predict_command(Path("m"), scans, tmp_path / "p") / LEDGER).read_text())
+    assert not any(entry["trained_on"] for entry in record["cases"].values())
+    of_case1 = record["cases"]["case1"]["content_hash"]
+    segmenter(trained_on=(of_case1,), sha256="1" * 64)
+    out = predict_command(Path("m"), scans, tmp_path / "q")
+    with pytest.raises(DataError, match=r"1 of 3 predicted .* case1; .*--held-out") as caught:
+        evaluate_command(out, scans, tmp_path / "s", console=silent())
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "s").exists()
+    allowed = evaluate_command(out, scans, tmp_path / "s", console=silent(), allow_overlap=True)
+    assert "case1" in allowed.settings["overlap"]["allowed"][0]
+    page = report_command([tmp_path / "s"], tmp_path / "r.html").read_text("utf-8")
+    assert "Scores are not those of unseen cases" in page
+
+
+def test_of_held_out_cases_all_must_be_there_and_no_others(scans, segmenter, tmp_path):
+    segmenter()
+    run = tmp_path / "run"
+    run.mkdir()
+    held_out = {"kind": "finetune", "inputs": {"validation": ["case0", "case2"]}}
+    (run / "run.json").write_text(json.dumps(held_out))
+    out = predict_command(run, scans, tmp_path / "p", held_out=True)
+    result = evaluate_command(out, scans, tmp_path / "s", console=silent())
+    assert [c.id for c in result.cases] == ["case0", "case2"]
+    (out / "case2.nii.gz").unlink()
+    with pytest.raises(DataError, match=r"1 references .* have no prediction .*case2"):
+        evaluate_command(out, scans, tmp_path / "s", console=silent())
+
+
+def contradict(path: Path) -> None:
+    """Give a file a qform that says something else than its sform."""
+    image = nib.load(path)
+    array, affine = np.asarray(image.dataobj), image.affine
+    other = affine.copy()
+    other[:3, 3] += 5
+    changed = nib.Nifti1Image(array, affine)
+    changed.header.set_xyzt_units("mm")
+    changed.set_sform(affine, code=1)
+    changed.set_qform(other, code=1)
+    nib.save(changed, path)
+
+
+def test_headers_are_trusted_as_the_prediction_did(scans, segmenter, tmp_path):
+    for file in (*(scans / "imagesTr").iterdir(), *(scans / "labelsTr").iterdir()):
+        contradict(file)
+    segmenter()
+    out = predict_command(Path("m"), scans, tmp_path / "p", geometry="sform")
+    result = evaluate_command(out, scans, tmp_path / "s", console=silent())
+    assert min(result.means("dice").values()) > 0.93
+    picture = np.asarray(Image.open(tmp_path / "s" / "overlays" / "case0.png").convert("RGB"))
+    assert len(np.unique(picture)) > 50
+    (out / LEDGER).unlink()
+    with pytest.raises(DataError, match="E-GEOMETRY"):
+        evaluate_command(out, scans, tmp_path / "t", console=silent())
+    told = evaluate_command(out, scans, tmp_path / "t", console=silent(), geometry="sform")
+    assert told.means("dice") == result.means("dice")
+
+
+def test_an_image_that_cannot_be_read_costs_its_picture_alone(scans, predictions, tmp_path, caplog):
+    file = scans / "imagesTr" / "case0_0000.nii.gz"
+    file.write_bytes(file.read_bytes()[:200])
+    result = evaluate_command(
+        predictions, scans / "labelsTr", tmp_path / "s", images=scans, console=silent()
+    )
+    assert len(result.cases) == 3
+    assert "case0: its overlay has no image" in caplog.text
+    assert (tmp_path / "s" / "overlays" / "case0.png").is_file()
+
+
+def test_hidden_files_are_no_label_maps(scans, predictions, tmp_path):
+    for folder in (predictions, scans / "labelsTr"):
+        (folder / "._case0.nii.gz").write_bytes(b"of macOS")
+    result = evaluate_command(predictions, scans / "labelsTr", tmp_path / "s", console=silent())
+    assert len(result.cases) == 3
 
 
 def test_one_case_is_the_best_and_nothing_else():

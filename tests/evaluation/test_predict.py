@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -11,6 +12,7 @@ import torch
 from known_scans import ball, odd_affine, write_nifti
 
 from spark3d.commands.predict import predict_command
+from spark3d.data.case import prepare_case
 from spark3d.data.intensity import Window
 from spark3d.errors import ConfigError, DataError, EnvironmentProblem
 from spark3d.evaluation.metrics import dice_per_label
@@ -79,6 +81,57 @@ def test_one_file_or_one_section_can_be_predicted(scans, segmenter, tmp_path):
     assert not (tmp_path / "two").exists()
 
 
+def test_the_held_out_cases_of_the_run_can_be_asked_for(scans, segmenter, tmp_path):
+    segmenter()
+    model = tmp_path / "run" / "model.safetensors"
+    with pytest.raises(ConfigError, match=r"no run\.json"):
+        predict_command(model, scans, tmp_path / "out", held_out=True)
+    model.parent.mkdir()
+    record = {"kind": "finetune", "inputs": {"validation": ["case2", "case0"]}}
+    (model.parent / "run.json").write_text(json.dumps(record))
+    for given in (model, model.parent):
+        out = predict_command(given, scans, tmp_path / f"of-{given.name}", held_out=True)
+        assert sorted(f.name for f in out.glob("*.nii.gz")) == ["case0.nii.gz", "case2.nii.gz"]
+        ledger = json.loads((out / "predict.json").read_text())
+        assert ledger["held_out"] == ["case2", "case0"]
+    record["inputs"]["validation"] = ["case7"]
+    (model.parent / "run.json").write_text(json.dumps(record))
+    with pytest.raises(DataError, match=r"no volume of 1 cases .*case7"):
+        predict_command(model, scans, tmp_path / "absent", held_out=True)
+    record["inputs"]["validation"] = []
+    (model.parent / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="held no case out"):
+        predict_command(model, scans, tmp_path / "none", held_out=True)
+
+
+def test_label_maps_inside_the_folder_of_volumes_are_not_volumes(scans, segmenter, tmp_path):
+    segmenter()
+    folder = scans / "imagesTr"
+    out = predict_command(MODEL, folder, folder / "predictions")
+    names = sorted(f.name for f in out.glob("*.nii.gz"))
+    assert names == [f"case{n}_0000.nii.gz" for n in range(3)]
+    predict_command(MODEL, folder, out)
+    assert sorted(f.name for f in out.glob("*.nii.gz")) == names
+    shutil.copytree(out, tmp_path / "alone" / "out")
+    with pytest.raises(DataError, match="nothing but --out"):
+        predict_command(MODEL, tmp_path / "alone", tmp_path / "alone" / "out")
+
+
+def test_the_modality_is_that_of_training_unless_told(scans, segmenter, tmp_path, monkeypatch):
+    seen = []
+
+    def note(case, spec):
+        seen.append(spec.modality)
+        return prepare_case(case, spec)
+
+    monkeypatch.setattr("spark3d.commands.predict.prepare_case", note)
+    file = scans / "imagesTr" / "case0_0000.nii.gz"
+    for n, (card, told) in enumerate([("auto", None), ("CT", None), ("CT", "MR")]):
+        segmenter(modality=card)
+        predict_command(MODEL, file, tmp_path / str(n), modality=told)
+    assert seen == ["auto", "CT", "MR"]
+
+
 def test_another_model_or_setting_does_not_mix_in(scans, segmenter, tmp_path):
     segmenter()
     out = predict_command(MODEL, scans, tmp_path / "out")
@@ -107,6 +160,20 @@ def test_flips_exchange_the_labels_of_left_and_right(scans, segmenter, tmp_path)
     predict_command(MODEL, scans, tmp_path / "mirrored", flips=(0,))
     labels = read(tmp_path / "mirrored" / "case0.nii.gz")[0]
     assert 0 < (labels == 1).sum() != (ball(0)[1] == 1).sum()  # body and ball are averaged
+
+
+def test_which_labels_a_mirror_exchanges_is_told(scans, segmenter, tmp_path, caplog):
+    caplog.set_level("INFO")
+    file = scans / "imagesTr" / "case0_0000.nii.gz"
+    segmenter(labels={1: "eye_l", 2: "eye_r"})
+    predict_command(MODEL, file, tmp_path / "sides", flips=(0,))
+    assert "exchange eye_l and eye_r" in caplog.text
+    assert "exchange no labels" not in caplog.text
+    segmenter()
+    predict_command(MODEL, file, tmp_path / "plain", flips=(1,))
+    assert "exchange no labels" not in caplog.text
+    predict_command(MODEL, file, tmp_path / "none", flips=(0,))
+    assert "exchange no labels" in caplog.text
 
 
 def test_empty_windows_are_left_out_where_the_window_tells_air(scans, segmenter, tmp_path):

@@ -239,3 +239,15 @@ def test_left_and_right_labels_are_paired_by_name():
     assert mirrored_pairs(labels) == ((2, 3), (4, 5))
     with pytest.raises(ConfigError, match="no counterpart 'right eye'"):
         mirrored_pairs({1: "left eye"})
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {1: "Parotid_L", 2: "Parotid_R", 3: "Larynx"},
+        {1: "r kidney", 2: "l kidney", 3: "L1"},
+        {1: "lung-l", 2: "lung-r", 3: "vena cava r"},
+    ],
+)
+def test_sides_may_be_single_letters(labels):
+    assert mirrored_pairs(labels) == ((1, 2),)

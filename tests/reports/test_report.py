@@ -146,6 +146,52 @@ def test_what_cannot_be_reported_on_is_told(tmp_path, run_folder, evaluation_fol
     assert not out.exists()
 
 
+def changed(folder: Path, **settings: object) -> Path:
+    """The same evaluation with other settings."""
+    document = json.loads((folder / "evaluation.json").read_text())
+    document["settings"].update(settings)
+    (folder / "evaluation.json").write_text(json.dumps(document))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"tolerance_mm": 1.0}, "surface Dice of brainstem is within 2.0 mm in a, 1.0 mm in b"),
+        ({"tolerance_mm": {"mandible": 2.0}}, "brainstem is within 2.0 mm in a, None mm in b"),
+        ({"grid": "of the prepared store"}, "the original grid, b on the grid of the prepared"),
+    ],
+)
+def test_scores_that_mean_other_things_are_not_compared(
+    tmp_path, evaluation_folder, settings, word
+):
+    one = evaluation_folder("e1", "a")
+    other = changed(evaluation_folder("e2", "b"), **settings)
+    with pytest.raises(ConfigError, match=re.escape(word)) as caught:
+        report_command([one, other], tmp_path / "r.html")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_page_says_on_which_grid_scores_are(tmp_path, evaluation_folder):
+    usual = report_command([evaluation_folder("e1", "a")], tmp_path / "a.html")
+    assert "On the original grid." in usual.read_text("utf-8")
+    store = changed(evaluation_folder("e2", "b"), grid="of the prepared store")
+    text = report_command([store], tmp_path / "b.html").read_text("utf-8")
+    assert "On the grid of the prepared store." in text
+    assert "original grid" not in text
+
+
+def test_runs_without_a_common_case_are_not_compared(tmp_path, evaluation_folder):
+    one, other = evaluation_folder("e1", "fold0"), evaluation_folder("e2", "fold1")
+    document = (other / "evaluation.json").read_text().replace("case_", "other_")
+    (other / "evaluation.json").write_text(document)
+    for picture in (other / "overlays").iterdir():
+        picture.rename(picture.with_name(picture.name.replace("case_", "other_")))
+    text = Page(report_command([one, other], tmp_path / "r.html").read_text("utf-8")).text
+    assert "Fold1 and fold0 share no case, so they are not compared." in text
+    assert "nan" not in text
+
+
 def paired(low: float, high: float) -> PairedDifference:
     mean = (low + high) / 2
     return PairedDifference(8, mean, 0.01, Interval(low, high), 5, 3, 0.1, 0.1)

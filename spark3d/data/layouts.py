@@ -26,7 +26,8 @@ KNOWN_SUFFIXES = (".txt", ".csv", ".json", ".xml", ".md", ".pdf", ".png", ".jpg"
 LABEL_FOLDER = re.compile(
     r"(labels?|segs?|segmentations?|masks?|annotations?)(Tr|Ts|Va|Val|[-_].*)?", re.I
 )
-LABEL_NAME = re.compile(r"[-_.](labels?|seg|segmentation|masks?)$", re.I)
+LABEL_NAME = re.compile(r"(^|[-_.])(labels?|d?segs?|segmentations?|masks?)([-_.]?\d+)?$", re.I)
+"""KiTS' `segmentation`, LiTS' `segmentation-0`, `label0001`, `ct_mask`, the `_dseg` of BIDS."""
 SECTIONS = {
     "training": "training",
     "validation": "validation",

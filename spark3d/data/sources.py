@@ -62,6 +62,11 @@ def find(
         check_label_names(found.labels, root)
     safe, renamed = safe_cases(list(_grouped(found.cases, group_pattern)))
     cases = tuple(sorted(safe, key=lambda case: case.id))
+    if not cases and found.passed_over:
+        raise fault(
+            "E-NO-CASES", root, f"no volume but {len(found.passed_over)} files named as label maps",
+            "at least one image", "rename or move them if they are images",
+        )  # fmt: skip
     check_cases(cases, root)
     return replace(found, cases=cases, renamed=len(renamed))
 

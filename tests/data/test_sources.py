@@ -114,6 +114,35 @@ def test_any_folder_is_searched_recursively_and_label_maps_are_listed(tmp_path):
     assert len(found.passed_over) == 4
 
 
+@pytest.mark.parametrize(
+    ("image", "label"),
+    [
+        ("case_00000/imaging.nii.gz", "case_00000/segmentation.nii.gz"),  # KiTS
+        ("volume-0.nii", "segmentation-0.nii"),  # LiTS
+        ("img0001.nii.gz", "label0001.nii.gz"),
+        ("p1/ct.nii.gz", "p1/label.nii.gz"),
+        ("p1/ct.nii.gz", "p1/Mask.nii.gz"),
+        ("p1/ct.nii.gz", "p1/seg.nii.gz"),
+        ("p1/ct.nii.gz", "p1/ct_mask_2.nii.gz"),
+        ("sub-01_T1w.nii.gz", "sub-01_dseg.nii.gz"),  # BIDS
+        ("masked_ct.nii.gz", "masks.nii.gz"),
+        ("segment1.nii.gz", "ct.segs.nii.gz"),
+        ("unlabel.nii.gz", "un_label.nii.gz"),
+    ],
+)
+def test_label_maps_of_plain_folders_are_known_by_their_names(tmp_path, image, label):
+    touch(tmp_path, image, label)
+    found = find(tmp_path)
+    assert [c.image for c in found.cases] == [tmp_path / image]
+    assert found.passed_over == (tmp_path / label,)
+
+
+def test_a_folder_of_nothing_but_label_maps_says_so(tmp_path):
+    touch(tmp_path, "label0001.nii", "label0002.nii")
+    with pytest.raises(DataError, match=r"E-NO-CASES: .* but 2 files named as label maps"):
+        find_cases(tmp_path)
+
+
 def test_the_patient_is_found_in_the_id(tmp_path):
     touch(tmp_path, "p1_a.nii", "p1_b.nii", "p2_a.nii", "other.nii")
     groups = {c.id: c.group for c in find_cases(tmp_path, r"^(p\d+)_")}

@@ -67,6 +67,28 @@ def test_one_part_of_the_btcv_archive(tmp_path):
     assert case.label == tmp_path / "label/label0001.nii.gz"
 
 
+@pytest.mark.parametrize("prefix", [".", "Training", "RawData/Testing"])
+@pytest.mark.parametrize(
+    ("image", "label"), [("a", "a"), ("img_liver1", "label_liver1"), ("img12", "img12")]
+)
+def test_img_and_label_of_another_data_set_are_pairs_and_no_btcv(tmp_path, prefix, image, label):
+    """No CT, no organs of BTCV: an MR would be rounded, and its labels refused or misnamed."""
+    root = tmp_path / prefix
+    touch(root, f"img/{image}.nii.gz", f"label/{label}.nii.gz")
+    touch(root, "img/img0001.nii.gz", "label/label0001.nii.gz")
+    found = find(tmp_path)
+    assert (found.layout, found.modality, found.labels) == ("pairs", "auto", None)
+    labels = {c.id: c.label for c in found.cases}
+    assert labels[image] == root / f"label/{label}.nii.gz"
+    assert labels["img0001"] == root / "label/label0001.nii.gz"
+
+
+def test_a_pair_without_its_label_is_reported(tmp_path):
+    touch(tmp_path, "img/a.nii", "img/b.nii", "label/a.nii")
+    with pytest.raises(DataError, match=r"E-MISSING-FILE.*label/b\.nii;"):
+        find_cases(tmp_path)
+
+
 def test_an_nnunet_dataset_with_two_channels(tmp_path):
     touch(
         tmp_path,

@@ -124,7 +124,7 @@ def read_volume(
         geometry: "agree" refuses a NIfTI header whose sform, qform and voxel sizes contradict each
             other; "sform" or "qform" trusts that one.
         channels: accept a fourth axis as channels; otherwise a true 4D file is refused.
-        nan_fill: value for NaN and infinite voxels; None refuses them.
+        nan_fill: physical intensity of NaN and infinite voxels; None refuses them.
         max_bytes: refuse files whose voxels take more memory than this.
 
     Returns:
@@ -141,10 +141,14 @@ def read_volume(
             "say that the fourth axis holds channels, or split the file",
         )  # fmt: skip
     raw = raw[None] if raw.ndim == 3 else np.moveaxis(raw, 3, 0)
-    raw, filled = _finite(raw, path, nan_fill)
-    array = _compact(_physical(raw, header), path)
+    raw, bad = _finite(raw, path, refuse=nan_fill is None)
+    values = _physical(raw, header)
+    if bad is not None and nan_fill is not None:
+        values[bad] = nan_fill
+    array = _compact(values, path)
     oriented, affine = orient(array, header.affine)
     grid = SourceGrid(header.shape[:3], header.affine)
+    filled = 0 if bad is None else int(bad.sum())
     return Volume(np.ascontiguousarray(oriented), affine, grid, filled)
 
 
@@ -160,7 +164,7 @@ def read_label(path: Path, *, geometry: Geometry = "agree", max_bytes: int = MAX
             "E-4D", path, f"a label of shape {raw.shape}", "one class number per voxel",
             "merge one-hot channels into one map",
         )  # fmt: skip
-    values = _physical(_finite(raw, Path(path), None)[0][None], header)
+    values = _physical(_finite(raw, Path(path), refuse=True)[0][None], header)
     if values.dtype.kind == "f":
         whole = np.rint(values)
         if np.abs(values - whole).max() > 1e-4:
@@ -227,21 +231,21 @@ def _wide(raw: NDArray[np.generic], slope: float, intercept: float) -> bool:
 
 
 def _finite(
-    raw: NDArray[np.generic], path: Path, nan_fill: float | None
-) -> tuple[NDArray[np.generic], int]:
-    """Refuse or fill NaN and infinity; also how many voxels were filled."""
+    raw: NDArray[np.generic], path: Path, refuse: bool
+) -> tuple[NDArray[np.generic], NDArray[np.bool_] | None]:
+    """Refuse NaN and infinity, or put 0 in their place and tell where they were."""
     if raw.dtype.kind != "f":
-        return raw, 0
+        return raw, None
     bad = ~np.isfinite(raw)
     count = int(bad.sum())
     if not count:
-        return raw, 0
-    if nan_fill is None:
+        return raw, None
+    if refuse:
         raise fault(
             "E-NAN", path, f"{count} voxels that are NaN or infinite", "finite intensities",
             "pass --nan-fill VALUE to replace them",
         )  # fmt: skip
-    return np.where(bad, np.asarray(nan_fill, raw.dtype), raw), count
+    return np.where(bad, np.zeros((), raw.dtype), raw), bad
 
 
 def _compact(values: NDArray[np.generic], path: Path) -> NDArray[np.generic]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spark3d.data.checks import fault
-from spark3d.data.files import write_atomic
+from spark3d.data.files import readable_json, write_atomic
 from spark3d.data.layouts import CaseSource, FoundCases
 
 FORMAT = "spark3d cases 1"
@@ -31,7 +31,7 @@ def write_case_list(path: Path, found: FoundCases) -> None:
         "fourth_axis": found.fourth_axis,
         "cases": [_entry(case) for case in found.cases],
     }
-    write_atomic(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomic(path, readable_json(content))
 
 
 def read_case_list(path: Path) -> FoundCases:

@@ -231,7 +231,8 @@ def _identity(root: Path, names: Sequence[str]) -> str:
     """One hash over the names and sizes of all files."""
     digest = hashlib.sha256()
     for name in names:
-        digest.update(f"{name} {(root / name).stat().st_size}\n".encode())
+        line = f"{name} {(root / name).stat().st_size}\n"
+        digest.update(line.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 

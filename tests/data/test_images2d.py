@@ -53,6 +53,12 @@ def test_files_are_found_in_the_order_of_their_names(folder):
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
+def test_a_name_that_is_not_utf8_will_do(folder):
+    name = os.fsdecode(b"d\xff.png")
+    (folder / "d.png").rename(folder / name)
+    assert name in scan_images(folder).files
+
+
 def test_hashes_tell_the_same_image_under_another_name(folder, monkeypatch):
     """Of the bytes of the usable files, in their order; a known verdict brings them along."""
     (folder / "dog" / "z.jpg").write_bytes((folder / "cat" / "c.jpg").read_bytes())

@@ -15,6 +15,7 @@ from data_prep.ct_folder import main
 from spark3d.commands.prepare import prepare_command
 from spark3d.data.case_list import read_case_list
 from spark3d.data.folders import place
+from spark3d.data.io import read_volume
 from spark3d.data.sources import find
 from spark3d.data.store import Store
 from spark3d.errors import DataError
@@ -169,6 +170,24 @@ def test_equal_names_in_two_folders_are_told_apart(
     cases = find(tmp_path / "c.json").cases
     assert [c.id for c in cases] == ["one__scan", "own0", "own1", "two__scan"]
     assert all(c.group == c.id for c in cases)
+
+
+def test_links_to_files_without_a_suffix_stay_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As DVC and the Hugging Face cache lay them out; a header finds its voxels."""
+    scans, blobs = luna(tmp_path / "luna") / "subset0", tmp_path / "blobs"
+    write_nifti(scans / "a.nii.gz", ct_like(SIZE))
+    blobs.mkdir()
+    for number, path in enumerate(sorted(scans.iterdir())):
+        path.rename(blobs / f"{number:08x}")
+        path.symlink_to(blobs / f"{number:08x}")
+    monkeypatch.chdir(tmp_path)
+    script(main, capsys, "luna", "--out", tmp_path / "lists" / "c.json")
+    cases = find(tmp_path / "lists" / "c.json").cases
+    assert {case.image for case in cases} == {*scans.glob("*.mhd"), *scans.glob("*.gz")}
+    for case in cases:
+        assert read_volume(case.image).array.size == np.prod(SIZE)
 
 
 def test_a_list_written_by_hand(tmp_path: Path) -> None:

@@ -156,9 +156,10 @@ def judge(result: Diagnosis, found: FoundCases, spec: PrepareSpec, jobs: Sequenc
     sound = [one.record for one in result.cases if one.record and not one.fault]
     if sound:
         spacing = median_spacing(sound)
-        result.taken = estimate(found.cases, sound, replace(spec, spacing_mm=spacing))
+        spec = replace(spec, spacing_mm=spacing)
+        result.taken = estimate(found.cases, sound, spec)
         result.plan = suggest_plan(sound, spacing, CELL)
-    result.memory_gib = max(memory_of(job) for job in jobs) / 2**30
+    result.memory_gib = max(memory_of(replace(job, spec=spec)) for job in jobs) / 2**30
 
 
 def write_names(path: Path, found: FoundCases) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from spark3d.data.checks import fault
 from spark3d.data.dicom import read_series, read_series_header
 from spark3d.data.files import write_atomic
-from spark3d.data.grid import Affine, SourceGrid, Volume, orient, restore
+from spark3d.data.grid import Affine, SourceGrid, Volume, orient, restore, spacing_of
 from spark3d.data.header import Header
 from spark3d.data.metaimage import parse_metaimage
 from spark3d.data.nifti import encode_nifti, read_header, read_nifti
@@ -29,9 +29,9 @@ __all__ = [
     "SourceGrid",
     "Volume",
     "data_files",
+    "read_extent",
     "read_grid",
     "read_label",
-    "read_shape",
     "read_volume",
     "stem",
     "write_label",
@@ -78,9 +78,12 @@ def read_grid(source: Source, geometry: Geometry = "agree") -> SourceGrid:
     return SourceGrid(header.shape[:3], header.affine)
 
 
-def read_shape(source: Source, geometry: Geometry = "agree") -> tuple[int, ...]:
-    """Sizes in the order of the file, channels last, from its headers alone."""
-    return _header(source, geometry).shape
+def read_extent(
+    source: Source, geometry: Geometry = "agree"
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Sizes and spacing in mm in the order of the file, channels last, from its headers alone."""
+    header = _header(source, geometry)
+    return header.shape, spacing_of(header.affine)
 
 
 def _header(source: Source, geometry: Geometry) -> Header:

@@ -141,7 +141,8 @@ def read_volume(
     if raw.ndim == 4 and not channels:
         raise fault(
             "E-4D", path, f"{raw.shape[3]} volumes in one file of shape {raw.shape}", "one volume",
-            "say that the fourth axis holds channels, or split the file",
+            'split the file; if they are channels, list several under "modality" in a Decathlon '
+            'dataset.json, or set "fourth_axis": true in a list of cases',
         )  # fmt: skip
     raw = raw[None] if raw.ndim == 3 else np.moveaxis(raw, 3, 0)
     raw, bad = _finite(raw, path, refuse=nan_fill is None)

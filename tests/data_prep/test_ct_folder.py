@@ -202,6 +202,17 @@ def test_a_list_written_by_hand(tmp_path: Path) -> None:
     assert (a.group, a.section, b.group, b.section) == ("p", "unlabelled", "b", "test")
 
 
+def test_channels_of_4d_files_are_said_in_the_list(tmp_path: Path) -> None:
+    """The ways that the refusal of a 4D file names; there is no option for it."""
+    write_nifti(tmp_path / "a.nii.gz", np.stack([ct_like(SIZE), ct_like(SIZE, 1)], -1))
+    with pytest.raises(DataError, match=r'E-4D: .*"modality" in a .*"fourth_axis": true in a list'):
+        read_volume(tmp_path / "a.nii.gz")
+    content = {"format": "spark3d cases 1", "cases": [{"id": "a", "image": "a.nii.gz"}]}
+    (tmp_path / "l.json").write_text(json.dumps({**content, "fourth_axis": True}))
+    prepare_command(tmp_path / "l.json", tmp_path / "store", workers=0, console=Console(quiet=True))
+    assert [record.channels for record in Store.open(tmp_path / "store").cases] == [2]
+
+
 @pytest.mark.parametrize(
     "content",
     [

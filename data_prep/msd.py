@@ -144,11 +144,21 @@ def write_single(
 
 
 def write_splits(task: Path, found: FoundCases, data: dict[str, Any], folder: Path) -> None:
-    """MONAI's split and nnU-Net's folds of a task, as files for `split.name`."""
+    """MONAI's split and nnU-Net's folds of a task, as files for `split.name`.
+
+    Raises:
+        DataError: an nnU-Net dataset, which does not list its files; no case to train on.
+    """
+    training = {case.image: case.id for case in found.cases if case.section == "training"}
+    if found.layout != "decathlon" or not training:
+        raise fault(
+            "E-NOT-MSD", task, f"{len(training)} training cases ({found.layout} layout)",
+            "a task of the Decathlon, whose dataset.json lists what it trains on",
+            "divide other data sets with `python -m data_prep.folds`",
+        )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    by_image = {case.image: case.id for case in found.cases if case.section == "training"}
     entries = [task / entry["image"] for entry in data["training"]]
-    listed = [by_image[path] for path in entries if path in by_image]
+    listed = [training[path] for path in entries if path in training]
     test = [case.id for case in found.cases if case.section == "test"]
     train, validation = monai_split(listed)
     about = f"{task.name} as MONAI's DecathlonDataset divides it: seed 0, val_frac 0.2"

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from spark3d.commands.prepare import show_found
 from spark3d.data.case import PrepareSpec
-from spark3d.data.files import write_atomic
+from spark3d.data.files import readable_json, write_atomic
 from spark3d.data.job import Job
 from spark3d.data.nifti_header import Geometry
 from spark3d.data.plan import Plan, suggest_plan
@@ -156,15 +156,16 @@ def judge(result: Diagnosis, found: FoundCases, spec: PrepareSpec, jobs: Sequenc
     sound = [one.record for one in result.cases if one.record and not one.fault]
     if sound:
         spacing = median_spacing(sound)
-        result.taken = estimate(found.cases, sound, replace(spec, spacing_mm=spacing))
+        spec = replace(spec, spacing_mm=spacing)
+        result.taken = estimate(found.cases, sound, spec)
         result.plan = suggest_plan(sound, spacing, CELL)
-    result.memory_gib = max(memory_of(job) for job in jobs) / 2**30
+    result.memory_gib = max(memory_of(replace(job, spec=spec)) for job in jobs) / 2**30
 
 
 def write_names(path: Path, found: FoundCases) -> None:
     """Id -> file or folder of every case."""
     table = {case.id: str(case.image) for case in found.cases}
-    write_atomic(path, (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomic(path, readable_json(table))
     path.chmod(0o600)
 
 

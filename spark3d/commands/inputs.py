@@ -1,6 +1,7 @@
 """What pre-training reads: cases or images, the plan made from them, the stream of crops."""
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +38,8 @@ from spark3d.errors import ConfigError, DataError
 from spark3d.sparse.geometry import pad_crops, padded_size
 from spark3d.sparse.mask import CellMask, random_mask
 from spark3d.weights.passport import Passport
+
+log = logging.getLogger(__name__)
 
 BODY_VARIANCE = 1e-4
 """A cell that varies less, in the network's range squared, is air for body-aware masks."""
@@ -171,6 +174,11 @@ def pretrain_inputs(
             f"--exclude {exclude} names no case of {shown(data)}, only "
             f"{some(sorted(barred)) or 'nothing'}; ids there are like {store.cases[0].id}"
         )
+    if strange := sorted(barred - {r.id for r in store.cases}):
+        log.warning(
+            "--exclude names %d ids that no case has: %s; correct them if the cases are here under "
+            "another id", len(strange), some([shown(name) for name in strange]),
+        )  # fmt: skip
     records = [r for r in store.cases if r.section not in HELD_OUT and r.id not in barred]
     if not records:
         raise DataError(
@@ -257,14 +265,25 @@ HELD_OUT = ("validation", "test")
 
 
 def excluded_ids(path: Path | None) -> frozenset[str]:
-    """Case ids of a text file, one a line; or those that a named split keeps from training."""
+    """Case ids of a text file, one a line; or those that a named split keeps from training.
+
+    Raises:
+        ConfigError: a file of folds, as nobody says which.
+        DataError: a file that cannot be read, or is no split.
+    """
     if path is None:
         return frozenset()
     if str(path) in split_names() or path.suffix == ".json":
-        split = named_split(str(path))
+        try:
+            split = named_split(str(path))
+        except ConfigError:
+            raise ConfigError(
+                f"--exclude {path} holds folds, of which each keeps other cases from training; "
+                "give a text file of the ids that are never to be read, one a line"
+            ) from None
         return frozenset((*split.validation, *split.test))
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read --exclude {path}: {error}") from None
     return frozenset(line.strip() for line in lines if line.strip())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spark3d.data.checks import fault
-from spark3d.data.files import write_atomic
+from spark3d.data.files import readable_json, write_atomic
 from spark3d.data.layouts import CaseSource, FoundCases
 
 FORMAT = "spark3d cases 1"
@@ -23,7 +23,10 @@ def is_case_list(path: Path) -> bool:
 
 
 def write_case_list(path: Path, found: FoundCases) -> None:
-    """Write a list with absolute paths; the same cases give the same bytes."""
+    """Write a list with absolute paths; the same cases give the same bytes.
+
+    Links are not followed: what they lead to may have no suffix, or lie away from its voxels.
+    """
     content = {
         "format": FORMAT,
         "modality": found.modality,
@@ -31,7 +34,7 @@ def write_case_list(path: Path, found: FoundCases) -> None:
         "fourth_axis": found.fourth_axis,
         "cases": [_entry(case) for case in found.cases],
     }
-    write_atomic(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomic(path, readable_json(content))
 
 
 def read_case_list(path: Path) -> FoundCases:
@@ -62,12 +65,12 @@ def _entry(case: CaseSource) -> dict[str, Any]:
     entry: dict[str, Any] = {"id": case.id, "section": case.section}
     if case.has_patient:
         entry["patient"] = case.group
-    entry["image"] = str(case.image.resolve())
+    entry["image"] = str(case.image.absolute())
     if case.label is not None:
-        entry["label"] = str(case.label.resolve())
+        entry["label"] = str(case.label.absolute())
     for key, paths in (("more_channels", case.more_channels), ("slices", case.slices)):
         if paths:
-            entry[key] = [str(path.resolve()) for path in paths]
+            entry[key] = [str(path.absolute()) for path in paths]
     return entry
 
 

@@ -138,7 +138,7 @@ def check_cases(cases: Sequence, where: Path | str) -> None:
             "E-LABEL-IS-IMAGE", where, f"the same path as image and label of {_few(same)}",
             "two files", "correct the list of cases",
         )  # fmt: skip
-    paths = [p for c in cases for p in (*c.images, *([c.label] if c.label else []))]
+    paths = [p for c in cases for p in (*c.images, *c.slices, *([c.label] if c.label else []))]
     if absent := [shown(p) for p in paths if not p.exists()]:
         raise fault(
             "E-MISSING-FILE", where, f"{len(absent)} listed files absent: {_few(absent)}",

@@ -2,9 +2,11 @@
 
 import contextlib
 import errno
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from spark3d.errors import EnvironmentProblem
 
@@ -19,6 +21,12 @@ def write_atomic(path: Path, data: bytes) -> None:
         EnvironmentProblem: no space, no right to write; the old file, if any, is untouched.
     """
     put_in_place(write_beside({path: data}))
+
+
+def readable_json(content: Any) -> bytes:
+    """JSON for people: letters beyond ASCII as they are, names that are no UTF-8 as escapes."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")  # of a surrogate, that is JSON's own escape
 
 
 def write_beside(files: Mapping[Path, bytes]) -> dict[Path, Path]:

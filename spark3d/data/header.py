@@ -75,5 +75,5 @@ def check_budget(n_bytes: int, max_bytes: int, path: Path) -> None:
     if n_bytes > max_bytes:
         raise fault(
             "E-TOO-LARGE", path, f"a volume of {n_bytes / 2**30:.1f} GiB",
-            f"at most {max_bytes / 2**30:.1f} GiB", "crop it, or raise the memory limit",
+            f"at most {max_bytes / 2**30:.1f} GiB", "crop it, or resample it to a larger spacing",
         )  # fmt: skip

@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from spark3d.data.checks import fault
 from spark3d.data.stream import Numbered, Sample
 from spark3d.errors import ConfigError, DataError
 
@@ -73,7 +74,8 @@ def scan_images(
 ) -> ImageFolder:
     """Decode every image below a folder once and sort out what cannot be used.
 
-    Sub-folders (one per class, as ImageNet has) are searched too; hidden files are not.
+    Sub-folders (one per class, as ImageNet has) and linked ones are searched too, each real folder
+    once; hidden files are not.
     Truncation and damage only show on decoding, which for JPEG is done at an eighth of the size.
     Every file is read once, and its bytes are hashed on the way.
 
@@ -85,7 +87,8 @@ def scan_images(
         known: The `verdict` of an earlier scan; with the same names and sizes nothing is decoded.
 
     Raises:
-        DataError: No such folder, no image in it, or more unusable files than allowed.
+        DataError: No such folder, one that may not be read, no image, or more unusable files than
+            allowed.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -218,20 +221,39 @@ def resized_crop_box(
 
 
 def _walk(root: Path) -> list[str]:
-    names = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    """Images under a folder; in linked folders too, each real one once, so that circles end."""
+    names, seen = [], {os.path.realpath(root)}
+    for folder, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
+        real = {
+            name: os.path.realpath(os.path.join(folder, name))
+            for name in sorted(folders)
+            if not name.startswith(".")
+        }
+        folders.clear()
+        for name, place in real.items():
+            if place not in seen:
+                seen.add(place)
+                folders.append(name)
         for name in files:
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 names.append((Path(folder) / name).relative_to(root).as_posix())
     return names
 
 
+def _refuse(error: OSError) -> NoReturn:
+    """Images in a folder that may not be read would be missed without a word."""
+    raise fault(
+        "E-UNREADABLE", Path(error.filename), "a folder that may not be read",
+        "read access to all of it", "change its permissions, or move it out of the data folder",
+    ) from None  # fmt: skip
+
+
 def _identity(root: Path, names: Sequence[str]) -> str:
     """One hash over the names and sizes of all files."""
     digest = hashlib.sha256()
     for name in names:
-        digest.update(f"{name} {(root / name).stat().st_size}\n".encode())
+        line = f"{name} {(root / name).stat().st_size}\n"
+        digest.update(line.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 

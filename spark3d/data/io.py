@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from spark3d.data.checks import fault
 from spark3d.data.dicom import read_series, read_series_header
 from spark3d.data.files import write_atomic
-from spark3d.data.grid import Affine, SourceGrid, Volume, orient, restore
+from spark3d.data.grid import Affine, SourceGrid, Volume, orient, restore, spacing_of
 from spark3d.data.header import Header
 from spark3d.data.metaimage import parse_metaimage
 from spark3d.data.nifti import encode_nifti, read_header, read_nifti
@@ -29,9 +29,9 @@ __all__ = [
     "SourceGrid",
     "Volume",
     "data_files",
+    "read_extent",
     "read_grid",
     "read_label",
-    "read_shape",
     "read_volume",
     "stem",
     "write_label",
@@ -78,9 +78,12 @@ def read_grid(source: Source, geometry: Geometry = "agree") -> SourceGrid:
     return SourceGrid(header.shape[:3], header.affine)
 
 
-def read_shape(source: Source, geometry: Geometry = "agree") -> tuple[int, ...]:
-    """Sizes in the order of the file, channels last, from its headers alone."""
-    return _header(source, geometry).shape
+def read_extent(
+    source: Source, geometry: Geometry = "agree"
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Sizes and spacing in mm in the order of the file, channels last, from its headers alone."""
+    header = _header(source, geometry)
+    return header.shape, spacing_of(header.affine)
 
 
 def _header(source: Source, geometry: Geometry) -> Header:
@@ -124,7 +127,7 @@ def read_volume(
         geometry: "agree" refuses a NIfTI header whose sform, qform and voxel sizes contradict each
             other; "sform" or "qform" trusts that one.
         channels: accept a fourth axis as channels; otherwise a true 4D file is refused.
-        nan_fill: value for NaN and infinite voxels; None refuses them.
+        nan_fill: physical intensity of NaN and infinite voxels; None refuses them.
         max_bytes: refuse files whose voxels take more memory than this.
 
     Returns:
@@ -138,13 +141,18 @@ def read_volume(
     if raw.ndim == 4 and not channels:
         raise fault(
             "E-4D", path, f"{raw.shape[3]} volumes in one file of shape {raw.shape}", "one volume",
-            "say that the fourth axis holds channels, or split the file",
+            'split the file; if they are channels, list several under "modality" in a Decathlon '
+            'dataset.json, or set "fourth_axis": true in a list of cases',
         )  # fmt: skip
     raw = raw[None] if raw.ndim == 3 else np.moveaxis(raw, 3, 0)
-    raw, filled = _finite(raw, path, nan_fill)
-    array = _compact(_physical(raw, header), path)
+    raw, bad = _finite(raw, path, refuse=nan_fill is None)
+    values = _physical(raw, header)
+    if bad is not None and nan_fill is not None:
+        values[bad] = nan_fill
+    array = _compact(values, path)
     oriented, affine = orient(array, header.affine)
     grid = SourceGrid(header.shape[:3], header.affine)
+    filled = 0 if bad is None else int(bad.sum())
     return Volume(np.ascontiguousarray(oriented), affine, grid, filled)
 
 
@@ -160,7 +168,7 @@ def read_label(path: Path, *, geometry: Geometry = "agree", max_bytes: int = MAX
             "E-4D", path, f"a label of shape {raw.shape}", "one class number per voxel",
             "merge one-hot channels into one map",
         )  # fmt: skip
-    values = _physical(_finite(raw, Path(path), None)[0][None], header)
+    values = _physical(_finite(raw, Path(path), refuse=True)[0][None], header)
     if values.dtype.kind == "f":
         whole = np.rint(values)
         if np.abs(values - whole).max() > 1e-4:
@@ -227,21 +235,21 @@ def _wide(raw: NDArray[np.generic], slope: float, intercept: float) -> bool:
 
 
 def _finite(
-    raw: NDArray[np.generic], path: Path, nan_fill: float | None
-) -> tuple[NDArray[np.generic], int]:
-    """Refuse or fill NaN and infinity; also how many voxels were filled."""
+    raw: NDArray[np.generic], path: Path, refuse: bool
+) -> tuple[NDArray[np.generic], NDArray[np.bool_] | None]:
+    """Refuse NaN and infinity, or put 0 in their place and tell where they were."""
     if raw.dtype.kind != "f":
-        return raw, 0
+        return raw, None
     bad = ~np.isfinite(raw)
     count = int(bad.sum())
     if not count:
-        return raw, 0
-    if nan_fill is None:
+        return raw, None
+    if refuse:
         raise fault(
             "E-NAN", path, f"{count} voxels that are NaN or infinite", "finite intensities",
             "pass --nan-fill VALUE to replace them",
         )  # fmt: skip
-    return np.where(bad, np.asarray(nan_fill, raw.dtype), raw), count
+    return np.where(bad, np.zeros((), raw.dtype), raw), bad
 
 
 def _compact(values: NDArray[np.generic], path: Path) -> NDArray[np.generic]:

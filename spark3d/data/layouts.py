@@ -1,11 +1,11 @@
-"""The layouts in which people keep volumes: Decathlon, BTCV, nnU-Net, plain folders.
+"""The layouts in which people keep volumes: Decathlon, BTCV, nnU-Net, pairs, plain folders.
 
 Only names and `dataset.json` are read here, no volume.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ KNOWN_SUFFIXES = (".txt", ".csv", ".json", ".xml", ".md", ".pdf", ".png", ".jpg"
 LABEL_FOLDER = re.compile(
     r"(labels?|segs?|segmentations?|masks?|annotations?)(Tr|Ts|Va|Val|[-_].*)?", re.I
 )
-LABEL_NAME = re.compile(r"[-_.](labels?|seg|segmentation|masks?)$", re.I)
+LABEL_NAME = re.compile(r"(^|[-_.])(labels?|d?segs?|segmentations?|masks?)([-_.]?\d+)?$", re.I)
+"""KiTS' `segmentation`, LiTS' `segmentation-0`, `label0001`, `ct_mask`, the `_dseg` of BIDS."""
 SECTIONS = {
     "training": "training",
     "validation": "validation",
@@ -34,6 +35,7 @@ SECTIONS = {
     "unlabelled": "unlabelled",
     "unlabeled": "unlabelled",
 }
+BTCV_NAME = re.compile(r"img\d{4}")
 BTCV_LABELS = {
     "background": 0,
     "spleen": 1,
@@ -103,7 +105,7 @@ class FoundCases:
     """What a folder holds.
 
     Attributes:
-        layout: "decathlon", "nnunet", "btcv" or "plain".
+        layout: "decathlon", "nnunet", "btcv", "pairs", "plain" or "list".
         cases: in the order of their ids.
         modality: "CT", "MR" or "auto" where the folder does not say.
         labels: name -> value as declared, empty if nothing is.
@@ -230,18 +232,30 @@ def _existing(folder: Path, case_id: str) -> Path | None:
     return next((path for path in paths if path.exists()), None)
 
 
-def btcv(tree: Path) -> FoundCases:
-    """The tree of the BTCV archive: `Training/img`, `Training/label`, `Testing/img`."""
-    cases = btcv_part(tree / "Training", "training") + btcv_part(tree / "Testing", "test")
-    return FoundCases("btcv", tuple(cases), "CT", BTCV_LABELS)
+def img_and_label(parts: Mapping[Path, str]) -> FoundCases:
+    """Folders with `img` and perhaps `label`: BTCV if all images are called as in its archive.
+
+    Of others nothing is known but the pairs: neither modality nor labels.
+
+    Args:
+        parts: folder -> section of its cases.
+    """
+    cases = tuple(case for folder, section in parts.items() for case in _pairs(folder, section))
+    if all(BTCV_NAME.fullmatch(case.id) for case in cases):
+        return FoundCases("btcv", cases, "CT", BTCV_LABELS)
+    return FoundCases("pairs", cases)
 
 
-def btcv_part(folder: Path, section: str) -> list[CaseSource]:
-    """One part of it: `img/img0001.nii.gz` with `label/label0001.nii.gz`, if there are labels."""
+def _pairs(folder: Path, section: str) -> list[CaseSource]:
+    """`img/img0001.nii.gz` with `label/label0001.nii.gz`, `img/a.nii` with `label/a.nii`."""
     cases = []
-    labelled = (folder / "label").is_dir()
+    labels = folder / "label"
     for path in _volumes(folder / "img"):
-        label = folder / "label" / path.name.replace("img", "label", 1) if labelled else None
+        label = None
+        if labels.is_dir():
+            expected = labels / path.name.replace("img", "label", 1)
+            label = _existing(labels, stem(expected)) or _existing(labels, stem(path))
+            label = label or expected  # reported with all that are absent
         cases.append(CaseSource(stem(path), path, label, section=section))
     return cases
 

@@ -1,6 +1,7 @@
 """Running preparation jobs in this process or in several, within a memory budget."""
 
 import fcntl
+import math
 import os
 import signal
 import threading
@@ -12,7 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
 
-from spark3d.data.io import read_shape
+from spark3d.data.io import read_extent
 from spark3d.data.job import Job, run_job
 from spark3d.errors import DataError, EnvironmentProblem
 
@@ -96,15 +97,17 @@ def _schedule(
 
 
 def memory_of(job: Job) -> float:
-    """Bytes, estimated from the header alone; 0 for a bad one, which fails in its own job."""
+    """Bytes, estimated from the header alone; 0 for a bad one, which fails in its own job.
+
+    Counted are the voxels of the source or, where there are more, those at the target spacing.
+    """
     try:
-        shape = read_shape(job.case.sources[0], job.spec.geometry)
+        shape, spacing = read_extent(job.case.sources[0], job.spec.geometry)
     except DataError:
         return 0.0
-    voxels = float(len(job.case.images))
-    for n in shape:
-        voxels *= n
-    return voxels * 4 * COPIES
+    voxels = math.prod(shape) * len(job.case.images)
+    growth = math.prod(spacing) / math.prod(job.spec.spacing_mm or spacing)
+    return voxels * max(1.0, growth) * 4 * COPIES
 
 
 def _physical_memory() -> float:

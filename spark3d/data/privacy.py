@@ -46,8 +46,9 @@ def safe_cases(cases: Sequence[CaseSource]) -> tuple[list[CaseSource], dict[str,
 
 
 def keyed_id(name: str, key: bytes) -> str:
-    """An id that only a holder of the key can trace to `name`."""
-    return "case-" + hmac.new(key, name.encode(), hashlib.sha256).hexdigest()[:20]
+    """An id that only a holder of the key can trace to `name`, which need not be UTF-8."""
+    content = name.encode("utf-8", "surrogatepass")
+    return "case-" + hmac.new(key, content, hashlib.sha256).hexdigest()[:20]
 
 
 def patient_hash(group: str, key: bytes) -> str:

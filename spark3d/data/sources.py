@@ -13,12 +13,10 @@ from spark3d.data.case_list import is_case_list, read_case_list
 from spark3d.data.checks import check_cases, check_label_names, fault
 from spark3d.data.dataset_json import read_json
 from spark3d.data.layouts import (
-    BTCV_LABELS,
     CaseSource,
     FoundCases,
-    btcv,
-    btcv_part,
     decathlon,
+    img_and_label,
     is_nnunet,
     nnunet,
     plain,
@@ -42,10 +40,11 @@ def find(
 
     Args:
         folder: a Decathlon task or nnU-Net dataset (with `dataset.json`), a BTCV tree
-            (`RawData/Training/img`), or any folder of volume files and DICOM series, searched
-            recursively; files there that are called label, seg or mask, or lie in a folder so
-            called, are no images. Each series is a case; its patient is that of its headers.
-            Or a list of cases, a JSON file that `data/case_list.py` describes.
+            (`RawData/Training/img`), `img` beside `label` with files called alike, or any folder
+            of volume files and DICOM series, searched recursively; files there that are called
+            label, seg or mask, or lie in a folder so called, are no images. Each series is a case;
+            its patient is that of its headers. Or a list of cases, a JSON file that
+            `data/case_list.py` describes.
         group_pattern: regular expression searched in the id; its first group names the patient.
         progress: called with (files done, files in all) while headers of DICOM files are read.
 
@@ -62,6 +61,11 @@ def find(
         check_label_names(found.labels, root)
     safe, renamed = safe_cases(list(_grouped(found.cases, group_pattern)))
     cases = tuple(sorted(safe, key=lambda case: case.id))
+    if not cases and found.passed_over:
+        raise fault(
+            "E-NO-CASES", root, f"no volume but {len(found.passed_over)} files named as label maps",
+            "at least one image", "rename or move them if they are images",
+        )  # fmt: skip
     check_cases(cases, root)
     return replace(found, cases=cases, renamed=len(renamed))
 
@@ -76,9 +80,9 @@ def _recognise(root: Path, progress: Callable[[int, int], None] | None) -> Found
     trees = (root, root / "RawData", root / "Abdomen" / "RawData")
     for tree in trees:
         if any((tree / part / "img").is_dir() for part in ("Training", "Testing")):
-            return btcv(tree)
+            return img_and_label({tree / "Training": "training", tree / "Testing": "test"})
     if (root / "img").is_dir() and (root / "label").is_dir():
-        return FoundCases("btcv", tuple(btcv_part(root, "training")), "CT", BTCV_LABELS)
+        return img_and_label({root: "training"})
     if (root / "imagesTr").is_dir():
         return nnunet(root, {})
     return plain(root, progress)

@@ -183,16 +183,27 @@ def test_faulty_labelled_cases(
 
 
 def test_excluding_everything_or_nothing(
-    store: Path, fails: Fails, tmp_path: Path, out: Path
+    store: Path, fails: Fails, tmp_path: Path, out: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     names = tmp_path / "names.txt"
     names.write_text("case0.nii.gz\n")
     words = ["pretrain", *PRETRAIN, "--data", store, "--out", out, "--exclude", names]
     assert "names no case" in fails(DATA, *words)
-    names.write_text("\n".join(["case0", "case1", "extra0", "extra1", "extra2"]))
+    every = ["case0", "case1", "extra0", "extra1", "extra2"]
+    names.write_text("\n".join(every), encoding="utf-8-sig")  # with a mark, as of Windows
     assert "none is left to train on" in fails(DATA, *words)
+    assert "no case has" not in caplog.text
+    names.write_text("\n".join([*every, "caes2", "Jane Doe.nii.gz"]))
+    fails(DATA, *words)
+    assert "--exclude names 2 ids that no case has: *.nii.gz, caes2; correct" in caplog.text
     names.unlink()
     assert "cannot read --exclude" in fails(DATA, *words)
+    folds = tmp_path / "folds.json"
+    folds.write_text(json.dumps({"folds": [["case0"], ["case1"]]}))
+    line = fails(CONFIG, *words[:-1], folds)
+    assert "folds.json holds folds" in line
+    assert "give a text file of the ids" in line
+    assert "split.fold" not in line
     assert not out.exists()
 
 

@@ -49,6 +49,17 @@ def test_a_sound_folder_gets_a_plan_and_leaves_with_0(sound, tmp_path, capfd):
     assert found["estimate"]["memory_gib_per_worker"] == pytest.approx(4320 * 24 / 2**30)
 
 
+def test_memory_is_that_at_the_suggested_spacing(tmp_path, capfd):
+    """The coarse one of three grows to eight times its voxels."""
+    for n in range(2):
+        write_nifti(tmp_path / "in" / f"fine{n}.nii.gz", ct_like(seed=n))
+    coarse = DEFAULT.copy()
+    coarse[:3, :3] *= 2
+    write_nifti(tmp_path / "in" / "coarse.nii.gz", ct_like(seed=2), coarse)
+    _, found, _ = doctor(capfd, tmp_path / "in", tmp_path / "d.json")
+    assert found["estimate"]["memory_gib_per_worker"] == pytest.approx(8 * 4320 * 24 / 2**30)
+
+
 FAULTS = {
     "four": ("E-4D", {"edit": dims(20, 18, 4, 3)}),
     "flat": ("E-2D", {"edit": dims(20, 18, 1)}),

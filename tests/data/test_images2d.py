@@ -53,6 +53,37 @@ def test_files_are_found_in_the_order_of_their_names(folder):
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
+def test_linked_folders_are_searched_each_real_one_once(folder, tmp_path):
+    paint(tmp_path / "elsewhere" / "inner" / "e.png")
+    (folder / "bird").symlink_to(tmp_path / "elsewhere")
+    (folder / "zoo").symlink_to(tmp_path / "elsewhere" / "inner")
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    assert scan_images(folder).files == (
+        "cat/c.jpg", "d.png", "dog/a.JPEG", "dog/b.png", "zoo/e.png",
+    )  # fmt: skip
+    (folder / "zoo").unlink()
+    assert "bird/inner/e.png" in scan_images(folder).files
+
+
+def test_a_folder_that_may_not_be_read_is_no_empty_one(folder, monkeypatch):
+    listing = os.scandir
+
+    def refuse(path):
+        if Path(path) == folder / "dog":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listing(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"E-UNREADABLE.*dog.*permissions"):
+        scan_images(folder)
+
+
+def test_a_name_that_is_not_utf8_will_do(folder):
+    name = os.fsdecode(b"d\xff.png")
+    (folder / "d.png").rename(folder / name)
+    assert name in scan_images(folder).files
+
+
 def test_hashes_tell_the_same_image_under_another_name(folder, monkeypatch):
     """Of the bytes of the usable files, in their order; a known verdict brings them along."""
     (folder / "dog" / "z.jpg").write_bytes((folder / "cat" / "c.jpg").read_bytes())

@@ -138,6 +138,8 @@ def test_an_uncompressed_file_that_ends_early_is_refused(tmp_path):
 def test_a_file_larger_than_the_budget_is_refused_before_it_is_read(tmp_path):
     path = write_nifti(tmp_path / "a.nii.gz", np.zeros((64, 64, 64), np.int16))
     refused(path, "E-TOO-LARGE", max_bytes=100_000)
+    with pytest.raises(DataError, match=r"; crop it, or resample it to a larger spacing$"):
+        read_volume(path, max_bytes=100_000)
 
 
 def test_a_file_that_goes_on_after_its_voxels_is_refused(tmp_path):

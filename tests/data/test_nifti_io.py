@@ -102,6 +102,24 @@ def test_nan_is_filled_when_told(tmp_path):
 
 
 @given(
+    slope=st.sampled_from([1, 0.5, 2, -3]),
+    intercept=st.integers(-2000, 2000),
+    fill=st.integers(-3000, 3000),
+    kind=st.sampled_from([np.float32, np.float64]),
+)
+def test_nan_is_filled_with_the_physical_value(tmp_path_factory, slope, intercept, fill, kind):
+    """Not with one that slope and intercept then change; the other voxels are as ever."""
+    array = ct_like((6, 5, 4)).astype(kind)
+    array[1, 2, 3], array[0, 0, 0] = np.nan, -np.inf
+    path = tmp_path_factory.getbasetemp() / "fill.nii"
+    write_nifti(path, array, edit=put("f", (112, slope), (116, intercept)))
+    volume = read_volume(path, nan_fill=fill)
+    expected = np.where(np.isfinite(array), array * slope + intercept, fill)
+    np.testing.assert_allclose(volume.array[0], expected, rtol=1e-6)
+    assert volume.filled == 2
+
+
+@given(
     order=st.permutations([0, 1, 2]),
     sign=st.tuples(*[st.sampled_from([-1, 1])] * 3),
     tilt=st.floats(-15, 15),

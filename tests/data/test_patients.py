@@ -58,6 +58,16 @@ def test_series_of_one_patient_in_two_stores_have_one_hash(tmp_path):
     assert all(NUMBER.encode() not in p.read_bytes() for p in (tmp_path / "s").rglob("*.json"))
 
 
+def test_slices_of_a_list_that_are_gone_are_reported(tmp_path):
+    series_of(tmp_path / "a", "first", NUMBER, 1)
+    write_case_list(tmp_path / "l.json", find(tmp_path / "a"))
+    slices = read_case_list(tmp_path / "l.json").cases[0].slices
+    for path in slices[2:4]:
+        path.unlink()
+    with pytest.raises(DataError, match=r"E-MISSING-FILE: .* 2 listed files absent"):
+        find(tmp_path / "l.json")
+
+
 def test_a_pattern_states_patients_and_a_case_alone_states_none(tmp_path):
     for name in ("p1_a", "p1_b", "p2"):
         write_nifti(tmp_path / "d" / f"{name}.nii")

@@ -1,20 +1,24 @@
 """Preparing that is killed, full, refused or short of memory: nothing is lost, and it is said."""
 
+import math
 import subprocess
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 
 import pytest
 from datasets import decathlon, snapshot
-from nifti_files import ct_like, write_nifti
+from hypothesis import given
+from hypothesis import strategies as st
+from nifti_files import DEFAULT, ct_like, write_nifti
 
 from spark3d.data import job, pool
 from spark3d.data.job import Job
 from spark3d.data.pool import run_jobs
 from spark3d.data.prepare import PrepareSpec, prepare
-from spark3d.data.sources import find_cases
+from spark3d.data.sources import CaseSource, find_cases
 from spark3d.errors import DataError, EnvironmentProblem
 
 SPEC = PrepareSpec(spacing_mm=(2.5, 2.0, 3.0))
@@ -117,6 +121,19 @@ def test_no_more_cases_run_at_once_than_fit_the_memory(source, tmp_path, budget,
         assert len(list(pool._schedule(threads, slow, jobs, 3, budget))) == 6
     assert max(seen) <= most
     assert most == 1 or max(seen) > 1
+
+
+@given(spacing=st.tuples(*[st.floats(0.2, 20)] * 3))
+def test_memory_is_counted_on_the_finer_of_the_two_grids(tmp_path_factory, spacing):
+    """Source files are 20 x 18 x 12 voxels of 2 x 1.5 x 3 mm; their axes may be in any order."""
+    path = tmp_path_factory.getbasetemp() / "extent.nii"
+    if not path.exists():
+        write_nifti(path, ct_like().transpose(2, 0, 1), DEFAULT[:, [2, 0, 1, 3]])
+    one = Job(CaseSource("a", path), PrepareSpec(spacing_mm=spacing), path.parent)
+    voxels = 20 * 18 * 12
+    expected = max(voxels, voxels * 9 / math.prod(spacing))
+    assert pool.memory_of(one) == pytest.approx(expected * 4 * pool.COPIES, rel=1e-5)
+    assert pool.memory_of(replace(one, spec=PrepareSpec())) == voxels * 4 * pool.COPIES
 
 
 def test_a_case_too_large_for_the_memory_is_left_out_by_name(source, tmp_path, monkeypatch):

@@ -67,6 +67,28 @@ def test_one_part_of_the_btcv_archive(tmp_path):
     assert case.label == tmp_path / "label/label0001.nii.gz"
 
 
+@pytest.mark.parametrize("prefix", [".", "Training", "RawData/Testing"])
+@pytest.mark.parametrize(
+    ("image", "label"), [("a", "a"), ("img_liver1", "label_liver1"), ("img12", "img12")]
+)
+def test_img_and_label_of_another_data_set_are_pairs_and_no_btcv(tmp_path, prefix, image, label):
+    """No CT, no organs of BTCV: an MR would be rounded, and its labels refused or misnamed."""
+    root = tmp_path / prefix
+    touch(root, f"img/{image}.nii.gz", f"label/{label}.nii.gz")
+    touch(root, "img/img0001.nii.gz", "label/label0001.nii.gz")
+    found = find(tmp_path)
+    assert (found.layout, found.modality, found.labels) == ("pairs", "auto", None)
+    labels = {c.id: c.label for c in found.cases}
+    assert labels[image] == root / f"label/{label}.nii.gz"
+    assert labels["img0001"] == root / "label/label0001.nii.gz"
+
+
+def test_a_pair_without_its_label_is_reported(tmp_path):
+    touch(tmp_path, "img/a.nii", "img/b.nii", "label/a.nii")
+    with pytest.raises(DataError, match=r"E-MISSING-FILE.*label/b\.nii;"):
+        find_cases(tmp_path)
+
+
 def test_an_nnunet_dataset_with_two_channels(tmp_path):
     touch(
         tmp_path,
@@ -112,6 +134,35 @@ def test_any_folder_is_searched_recursively_and_label_maps_are_listed(tmp_path):
     assert found.renamed == 1
     assert all(c.section == "unlabelled" and c.group == c.id for c in found.cases)
     assert len(found.passed_over) == 4
+
+
+@pytest.mark.parametrize(
+    ("image", "label"),
+    [
+        ("case_00000/imaging.nii.gz", "case_00000/segmentation.nii.gz"),  # KiTS
+        ("volume-0.nii", "segmentation-0.nii"),  # LiTS
+        ("img0001.nii.gz", "label0001.nii.gz"),
+        ("p1/ct.nii.gz", "p1/label.nii.gz"),
+        ("p1/ct.nii.gz", "p1/Mask.nii.gz"),
+        ("p1/ct.nii.gz", "p1/seg.nii.gz"),
+        ("p1/ct.nii.gz", "p1/ct_mask_2.nii.gz"),
+        ("sub-01_T1w.nii.gz", "sub-01_dseg.nii.gz"),  # BIDS
+        ("masked_ct.nii.gz", "masks.nii.gz"),
+        ("segment1.nii.gz", "ct.segs.nii.gz"),
+        ("unlabel.nii.gz", "un_label.nii.gz"),
+    ],
+)
+def test_label_maps_of_plain_folders_are_known_by_their_names(tmp_path, image, label):
+    touch(tmp_path, image, label)
+    found = find(tmp_path)
+    assert [c.image for c in found.cases] == [tmp_path / image]
+    assert found.passed_over == (tmp_path / label,)
+
+
+def test_a_folder_of_nothing_but_label_maps_says_so(tmp_path):
+    touch(tmp_path, "label0001.nii", "label0002.nii")
+    with pytest.raises(DataError, match=r"E-NO-CASES: .* but 2 files named as label maps"):
+        find_cases(tmp_path)
 
 
 def test_the_patient_is_found_in_the_id(tmp_path):

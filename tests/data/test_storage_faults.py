@@ -2,6 +2,7 @@
 
 import ctypes
 import fcntl
+import json
 import os
 import resource
 import signal
@@ -15,11 +16,13 @@ import pytest
 from datasets import decathlon, snapshot
 from nifti_files import ct_like, write_nifti
 
+from spark3d.commands.doctor import doctor_command
 from spark3d.commands.prepare import prepare_command
 from spark3d.data import pool
 from spark3d.data import prepare as preparing
+from spark3d.data.case_list import write_case_list
 from spark3d.data.prepare import PrepareSpec, finalize, prepare
-from spark3d.data.sources import find_cases
+from spark3d.data.sources import find, find_cases
 from spark3d.data.store import Store, StoreWriter, case_path
 from spark3d.errors import DataError, EnvironmentProblem
 
@@ -129,6 +132,22 @@ def test_any_name_will_do(tmp_path):
     store = Store.open(tmp_path / "aus gabe ñ")
     assert len(store) == 1
     store.verify(store.cases[0].id)
+
+
+def test_names_that_are_not_utf8_will_do_too(tmp_path):
+    """As an old archive or another system left them: hashed, listed, and found again."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    image = Path(os.fsdecode(os.fsencode(folder) + b"/M\xfcller \xff.nii.gz"))
+    image.write_bytes(write_nifti(tmp_path / "a.nii.gz").read_bytes())
+    (case,) = find_cases(folder)
+    assert case.id.startswith("case-")
+    doctor_command(folder, tmp_path / "d.json", workers=0, names=tmp_path / "names.json")
+    assert json.loads((tmp_path / "names.json").read_text("utf-8")) == {case.id: str(image)}
+    write_case_list(tmp_path / "l.json", find(folder))
+    assert [c.image for c in find_cases(tmp_path / "l.json")] == [image]
+    prepare_command(folder, tmp_path / "s", workers=0)
+    assert [record.id for record in Store.open(tmp_path / "s").cases] == [case.id]
 
 
 def test_writers_of_shares_work_side_by_side_and_exclude_one_of_the_whole(tmp_path):

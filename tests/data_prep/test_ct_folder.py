@@ -15,6 +15,7 @@ from data_prep.ct_folder import main
 from spark3d.commands.prepare import prepare_command
 from spark3d.data.case_list import read_case_list
 from spark3d.data.folders import place
+from spark3d.data.io import read_volume
 from spark3d.data.sources import find
 from spark3d.data.store import Store
 from spark3d.errors import DataError
@@ -171,6 +172,24 @@ def test_equal_names_in_two_folders_are_told_apart(
     assert all(c.group == c.id for c in cases)
 
 
+def test_links_to_files_without_a_suffix_stay_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As DVC and the Hugging Face cache lay them out; a header finds its voxels."""
+    scans, blobs = luna(tmp_path / "luna") / "subset0", tmp_path / "blobs"
+    write_nifti(scans / "a.nii.gz", ct_like(SIZE))
+    blobs.mkdir()
+    for number, path in enumerate(sorted(scans.iterdir())):
+        path.rename(blobs / f"{number:08x}")
+        path.symlink_to(blobs / f"{number:08x}")
+    monkeypatch.chdir(tmp_path)
+    script(main, capsys, "luna", "--out", tmp_path / "lists" / "c.json")
+    cases = find(tmp_path / "lists" / "c.json").cases
+    assert {case.image for case in cases} == {*scans.glob("*.mhd"), *scans.glob("*.gz")}
+    for case in cases:
+        assert read_volume(case.image).array.size == np.prod(SIZE)
+
+
 def test_a_list_written_by_hand(tmp_path: Path) -> None:
     write_nifti(tmp_path / "scans" / "a.nii.gz", ct_like(SIZE))
     write_nifti(tmp_path / "scans" / "b.nii.gz", ct_like(SIZE, 1))
@@ -181,6 +200,17 @@ def test_a_list_written_by_hand(tmp_path: Path) -> None:
     (tmp_path / "l.json").write_text(json.dumps({"format": "spark3d cases 1", "cases": entries}))
     a, b = find(tmp_path / "l.json").cases
     assert (a.group, a.section, b.group, b.section) == ("p", "unlabelled", "b", "test")
+
+
+def test_channels_of_4d_files_are_said_in_the_list(tmp_path: Path) -> None:
+    """The ways that the refusal of a 4D file names; there is no option for it."""
+    write_nifti(tmp_path / "a.nii.gz", np.stack([ct_like(SIZE), ct_like(SIZE, 1)], -1))
+    with pytest.raises(DataError, match=r'E-4D: .*"modality" in a .*"fourth_axis": true in a list'):
+        read_volume(tmp_path / "a.nii.gz")
+    content = {"format": "spark3d cases 1", "cases": [{"id": "a", "image": "a.nii.gz"}]}
+    (tmp_path / "l.json").write_text(json.dumps({**content, "fourth_axis": True}))
+    prepare_command(tmp_path / "l.json", tmp_path / "store", workers=0, console=Console(quiet=True))
+    assert [record.channels for record in Store.open(tmp_path / "store").cases] == [2]
 
 
 @pytest.mark.parametrize(

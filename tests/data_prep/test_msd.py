@@ -134,6 +134,28 @@ def test_a_folder_of_tasks_and_their_splits(
     assert sorted(i for part in held for i in part) == sorted(f"spleen_{n}" for n in range(1, 12))
 
 
+@pytest.mark.parametrize("layout", ["nnunet 1", "nnunet 2", "decathlon"])
+def test_splits_of_other_data_sets_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str
+) -> None:
+    root = task(tmp_path, "Task09_Spleen", 2, 1)
+    description = json.loads((root / "dataset.json").read_text())
+    if layout == "decathlon":
+        description["training"] = []
+    else:
+        for path in root.glob("images*/*"):
+            path.rename(path.with_name(path.name.replace(".nii", "_0000.nii")))
+        if layout == "nnunet 2":
+            description["channel_names"] = description.pop("modality")
+            del description["training"]
+    (root / "dataset.json").write_text(json.dumps(description))
+    said = script(main, capsys, root, "--splits", tmp_path / "splits", code=DATA)
+    kept = 0 if layout == "decathlon" else 2
+    assert f"E-NOT-MSD: {root}: found {kept} training cases ({layout.split()[0]} layout)" in said
+    assert "data_prep.folds" in said
+    assert not (tmp_path / "splits").exists()
+
+
 @pytest.mark.parametrize("count", [5, 13, 41])
 def test_the_split_is_that_of_monai(tmp_path: Path, count: int) -> None:
     """Held to MONAI itself, whose order is that of `dataset.json`."""

@@ -104,7 +104,10 @@ def prepare(
     workers: Annotated[int, typer.Option(help="Processes; 0 works in this one.")] = 2,
     max_bad: Annotated[
         int | None,
-        typer.Option(help="Unusable cases to accept; default 1 in 100 unlabelled, 0 labelled."),
+        typer.Option(
+            help="Unusable cases to accept, of all shares with --end-shards; default 1 in 100 "
+            "unlabelled, 0 labelled."
+        ),
     ] = None,
     shard: Annotated[
         str | None, typer.Option(help="i/n: prepare only this share, e.g. in a job array.")

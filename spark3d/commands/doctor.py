@@ -12,6 +12,7 @@ from rich.table import Table
 
 from spark3d.commands.prepare import show_found
 from spark3d.data.case import PrepareSpec
+from spark3d.data.checks import placed
 from spark3d.data.files import readable_json, write_atomic
 from spark3d.data.job import Job
 from spark3d.data.nifti_header import Geometry
@@ -181,7 +182,7 @@ def to_json(result: Diagnosis) -> bytes:
     }
     content = {
         "layout": result.layout,
-        "fault": result.folder_fault,
+        "fault": result.folder_fault and _without_found(result.folder_fault),
         "notices": list(result.notices),
         "cases": [_case(result, one) for one in result.cases],
         "must_be_fixed": sorted(result.must),
@@ -208,10 +209,16 @@ def _case(result: Diagnosis, one: Examined) -> dict[str, Any]:
     }
     return {
         "id": one.id,
-        "faults": result.must.get(one.id, []),
+        "faults": [placed(line, one.id) for line in result.must.get(one.id, [])],
         "remarks": result.look.get(one.id, []),
         "volume": known,
     }
+
+
+def _without_found(reason: str) -> str:
+    """The fault of a folder as it may be kept: what was found there can quote paths and names."""
+    code, expected = reason.partition(": ")[0], reason.partition("; expected ")[2]
+    return f"{code}: the folder: expected {expected}"
 
 
 def show(result: Diagnosis, console: Console, out: Path, workers: int) -> None:

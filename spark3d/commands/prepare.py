@@ -45,7 +45,7 @@ def prepare_command(
         nan_fill: value for NaN voxels; they are refused otherwise.
         group_pattern: regular expression that finds the patient in a case's id (first group).
         workers: processes; 0 works in this one.
-        max_bad: unusable cases to accept.
+        max_bad: unusable cases to accept; over all shares with `end_shards`.
         chunk: voxels per axis of a chunk on disk, 64 or 32.
         shard: "i/n", i from 1: prepare only this share, e.g. in a job array.
         end_shards: end a store prepared in shares (all must be there) and do nothing else.
@@ -63,7 +63,7 @@ def prepare_command(
     """
     console = console or Console()
     if end_shards:
-        console.print(f"{finalize(out)} cases in {out}")
+        console.print(f"{finalize(out, max_bad)} cases in {out}")
         return None
 
     with Progress(

@@ -300,5 +300,7 @@ def _examine(path: Path) -> tuple[str, str, str]:
             return mode, "", hashlib.sha256(content).hexdigest()[:HASH_DIGITS]
     except UnidentifiedImageError:
         return "", "not an image" if path.stat().st_size else "empty file", ""
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except OSError as error:  # of the system, whose full text holds the path, or of the decoder
+        return "", error.strerror or str(error), ""
+    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return "", str(error), ""

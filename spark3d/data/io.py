@@ -63,13 +63,13 @@ def data_files(source: Source) -> tuple[Path, ...]:
     """
     if not isinstance(source, Path):
         return tuple(source)
-    if source.suffix not in (".nhdr", ".mhd"):
+    if source.suffix not in TEXT_HEADERS:
         return (source,)
     try:
         body = read_layout(source, TEXT_HEADERS[source.suffix]).data
     except DataError:
         return (source,)
-    return (source, body) if body.is_file() else (source,)
+    return (source, body) if body != source and body.is_file() else (source,)
 
 
 def read_grid(source: Source, geometry: Geometry = "agree") -> SourceGrid:

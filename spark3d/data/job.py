@@ -14,6 +14,7 @@ from spark3d.data.chunks import ChunkedFile, Frame
 from spark3d.data.io import data_files
 from spark3d.data.record import SUFFIXES, CaseRecord, case_path, read_record
 from spark3d.data.sources import CaseSource
+from spark3d.data.streams import unreadable
 from spark3d.data.writer import write_case
 from spark3d.errors import DataError
 
@@ -37,8 +38,15 @@ def run_job(job: Job) -> str | None:
         EnvironmentProblem: the machine, not the case, is at fault.
     """
     try:
+        stamps = _stamps(job.case)
         prepared = prepare_case(job.case, job.spec)
-        write_case(job.out, prepared, _key(job), job.spec.chunk)
+        key = _key(job.spec, stamps)
+        if _stamps(job.case) != stamps:  # what was hashed may not be what was read
+            raise fault(
+                "E-CHANGED", job.case.id, "a file that changed while it was read",
+                "files that stay as they are", "give the command again once all are in place",
+            )  # fmt: skip
+        write_case(job.out, prepared, key, job.spec.chunk)
     except (DataError, MemoryError) as error:
         return reason_of(error, job.case.id)
     return None
@@ -101,12 +109,28 @@ def _paths(case: CaseSource) -> tuple[Path, ...]:
     return tuple(path for source in sources for path in data_files(source))
 
 
-def _key(job: Job) -> dict[str, Any]:
-    files = []
-    for path in _paths(job.case):
-        stat = path.stat()
-        files.append({"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": _sha256(path)})
-    return {"settings": _settings_hash(job.spec), "files": files}
+def _stamps(case: CaseSource) -> list[tuple[Path, int, int]]:
+    """Size and time of change of each file of a case.
+
+    Raises:
+        DataError: one is not there.
+    """
+    stamps = []
+    for path in _paths(case):
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise unreadable(path, error) from None
+        stamps.append((path, stat.st_size, stat.st_mtime_ns))
+    return stamps
+
+
+def _key(spec: PrepareSpec, stamps: list[tuple[Path, int, int]]) -> dict[str, Any]:
+    files = [
+        {"bytes": size, "mtime_ns": changed, "sha256": _sha256(path)}
+        for path, size, changed in stamps
+    ]
+    return {"settings": _settings_hash(spec), "files": files}
 
 
 def _settings_hash(spec: PrepareSpec) -> str:
@@ -127,5 +151,8 @@ def _same_files(paths: tuple[Path, ...], known: list[dict[str, Any]]) -> bool:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise unreadable(path, error) from None

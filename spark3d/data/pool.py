@@ -1,5 +1,6 @@
 """Running preparation jobs in this process or in several, within a memory budget."""
 
+import contextlib
 import fcntl
 import math
 import os
@@ -119,7 +120,8 @@ def _start_worker(parent: int, lock: Path | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     held = lock.open("a+") if lock else None  # the thread below keeps it open
     if held:
-        fcntl.flock(held, fcntl.LOCK_SH)
+        with contextlib.suppress(OSError):  # no locks there, as the writer has said
+            fcntl.flock(held, fcntl.LOCK_SH)
 
     def watch() -> None:
         while os.getppid() == parent:

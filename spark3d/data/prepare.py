@@ -80,7 +80,8 @@ def prepare(
         spec: how to prepare; `spacing_mm=None` takes the median spacing of `images`.
         workers: processes; 0 works in this one.
         progress: called after each case with (cases done, cases in all, id).
-        max_bad: failed cases to accept; None accepts no labelled case and one unlabelled in 100.
+        max_bad: failed cases to accept; None accepts no labelled case and one unlabelled in 100. A
+            share alone must not fail more cases than that of the whole set; `finalize` judges all.
         shard: (i, n) takes the i-th of n shares of the cases, i from 0; `finalize` then ends it.
         memory_gib: start no further case beyond this; None is half of the machine's memory.
         verify: read all of what is there already, and prepare again what was damaged.
@@ -117,25 +118,32 @@ def prepare(
             if progress:
                 progress(report.total, len(mine), job.case.id)
         report.duplicates = _duplicates(out, report.kept)
-        refuse_too_many(report, mine, max_bad, out)
+        refuse_too_many(report, cases, max_bad, out)
         if shard is None and not report.kept:
             raise DataError(_no_case(out, report.failed))
         outcome = _outcome(report, mine)
         if shard is None:
             _end(writer, outcome)
         else:
+            labelled, bad_labelled = _labelled(mine, report.failed)
+            outcome |= {"labelled": labelled, "bad_labelled": bad_labelled}
             _write_changed(_outcome_path(out, shard), outcome)
     return report
 
 
-def finalize(out: Path | str) -> int:
+def finalize(out: Path | str, max_bad: int | None = None) -> int:
     """End a store that was prepared in shares, once all of them are there.
+
+    Args:
+        out: folder of the store.
+        max_bad: failed cases to accept over all shares, as for `prepare`.
 
     Returns:
         Cases in the store.
 
     Raises:
-        DataError: no share, a share is missing or altered, or shares of different counts.
+        DataError: no share, a share is missing, altered or of an earlier version, shares of
+            different counts, or more failures than `max_bad`.
     """
     out = Path(out)
     settings = read_head(out)["settings"]
@@ -154,13 +162,23 @@ def finalize(out: Path | str) -> int:
             "run these shares, then finalize again",
         )  # fmt: skip
     parts = [unsealed(path, "the outcome of a share") for path in paths]
+    if not all("labelled" in part for part in parts):
+        raise fault(
+            "E-SHARDS", out, "shares of an earlier version", "how many labelled cases each had",
+            "run every share again (cases that are there stay), then finalize again",
+        )  # fmt: skip
     kept = sorted(case for part in parts for case in part["kept"])
+    failed = {case: why for part in parts for case, why in part["failed"].items()}
     if not kept:
-        raise DataError(_no_case(out, {k: v for part in parts for k, v in part["failed"].items()}))
+        raise DataError(_no_case(out, failed))
+    total, labelled, bad_labelled = (
+        sum(part[key] for part in parts) for key in ("total", "labelled", "bad_labelled")
+    )
+    _refuse_too_many(failed, total, labelled, bad_labelled, max_bad, out, "--end-shards ")
     outcome = {
-        "total": sum(part["total"] for part in parts),
+        "total": total,
         "kept": kept,
-        "failed": {case: why for part in parts for case, why in part["failed"].items()},
+        "failed": failed,
         "duplicates": _duplicates(out, kept),
     }
     with StoreWriter(out, settings) as writer:
@@ -222,21 +240,38 @@ def refuse_too_many(
     Raises:
         DataError: with the reason of every failure.
     """
+    labelled, bad_labelled = _labelled(cases, report.failed)
+    _refuse_too_many(report.failed, len(cases), labelled, bad_labelled, max_bad, out)
+
+
+def _labelled(cases: Sequence[CaseSource], failed: Mapping[str, str]) -> tuple[int, int]:
+    """How many of the cases are labelled, and how many of these failed."""
     labelled = {case.id for case in cases if case.label is not None}
-    bad_labelled = len(labelled & set(report.failed))
-    bad_plain = len(report.failed) - bad_labelled
-    allowed_plain = (len(cases) - len(labelled)) // 100
+    return len(labelled), len(labelled & set(failed))
+
+
+def _refuse_too_many(
+    failed: Mapping[str, str],
+    total: int,
+    labelled: int,
+    bad_labelled: int,
+    max_bad: int | None,
+    out: Path,
+    option: str = "",
+) -> None:
+    bad_plain = len(failed) - bad_labelled
+    allowed_plain = (total - labelled) // 100
     within = bad_labelled == 0 and bad_plain <= allowed_plain
     if max_bad is not None:
-        within = len(report.failed) <= max_bad
+        within = len(failed) <= max_bad
     if within:
         return
     expected = f"0 labelled and {allowed_plain} unlabelled" if max_bad is None else str(max_bad)
-    reasons = "".join(f"\n  {reason}" for reason in report.failed.values())
+    reasons = "".join(f"\n  {reason}" for reason in failed.values())
     raise DataError(
-        f"E-TOO-MANY-BAD: {out}: found {len(report.failed)} unusable cases of {len(cases)} "
+        f"E-TOO-MANY-BAD: {out}: found {len(failed)} unusable cases of {total} "
         f"({bad_labelled} of them labelled); expected at most {expected}; correct them, or "
-        f"`spark3d prepare --max-bad {len(report.failed)}` goes on without them{reasons}"
+        f"`spark3d prepare {option}--max-bad {len(failed)}` goes on without them{reasons}"
     )
 
 

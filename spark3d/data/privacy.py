@@ -11,17 +11,21 @@ same long random secret there. Each hash begins with a mark of its key, so that 
 compare at all.
 """
 
+import contextlib
 import hashlib
 import hmac
 import os
 import secrets
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from spark3d.data.layouts import CaseSource
 from spark3d.data.names import is_safe_name
-from spark3d.errors import EnvironmentProblem
+from spark3d.errors import ConfigError, EnvironmentProblem
+
+KEY_BYTES = 64
 
 
 def safe_cases(cases: Sequence[CaseSource]) -> tuple[list[CaseSource], dict[str, str]]:
@@ -29,6 +33,10 @@ def safe_cases(cases: Sequence[CaseSource]) -> tuple[list[CaseSource], dict[str,
 
     Returns:
         The cases, and old id -> new id of those that changed.
+
+    Raises:
+        ConfigError: SPARK3D_ID_KEY is set, and empty.
+        EnvironmentProblem: no key can be kept, or the one that is kept is not whole.
     """
     harmless = all(is_safe_name(case.id) and is_safe_name(case.group) for case in cases)
     if harmless and not any(case.has_patient for case in cases):
@@ -66,21 +74,43 @@ def key_mark(patient: str) -> str:
 
 
 def _key() -> bytes:
-    if given := os.environ.get("SPARK3D_ID_KEY"):
+    given = os.environ.get("SPARK3D_ID_KEY")
+    if given is not None:
+        if not given.strip():
+            raise ConfigError(
+                "SPARK3D_ID_KEY is empty, and hashes without a key hide no name: give it a long "
+                "random secret, or unset it to have one made and kept"
+            )
         return given.encode()
     base = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
     path = Path(base) / "spark3d" / "id.key"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-            with os.fdopen(handle, "w") as stream:
-                stream.write(secrets.token_hex(32))
-        except FileExistsError:
-            pass
-        return path.read_bytes()
+        if not path.exists():
+            _make_key(path)
+        key = path.read_bytes()
     except OSError as error:
         raise EnvironmentProblem(
             f"no key for case ids can be kept in {path.parent} ({error.strerror}): set "
             "SPARK3D_ID_KEY to a secret of your own"
         ) from None
+    if len(key) < KEY_BYTES:
+        raise EnvironmentProblem(
+            f"the key for case ids in {path} has {len(key)} of {KEY_BYTES} bytes: remove that file "
+            "and prepare the stores made with it anew, as their ids and patients can be guessed"
+        )
+    return key
+
+
+def _make_key(path: Path) -> None:
+    """Put a whole new key at `path`, unless another process is there first."""
+    handle, name = tempfile.mkstemp(prefix=".id.key.", dir=path.parent)  # readable to its owner
+    try:
+        with os.fdopen(handle, "w") as stream:
+            stream.write(secrets.token_hex(KEY_BYTES // 2))
+            stream.flush()
+            os.fsync(stream.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.link(name, path)
+    finally:
+        os.unlink(name)

@@ -22,6 +22,7 @@ from spark3d.data.layouts import (
     plain,
 )
 from spark3d.data.privacy import safe_cases
+from spark3d.errors import ConfigError
 
 __all__ = ["CaseSource", "FoundCases", "find", "find_cases"]
 
@@ -49,9 +50,10 @@ def find(
         progress: called with (files done, files in all) while headers of DICOM files are read.
 
     Raises:
+        ConfigError: `group_pattern` is no regular expression, or has no group.
         DataError: no such folder, no volume in it, duplicate ids, listed files that are absent.
     """
-    root = Path(folder)
+    root, pattern = Path(folder), _patient_pattern(group_pattern)
     if not root.is_dir() and not is_case_list(root):
         raise fault(
             "E-NO-FOLDER", root, "no such folder", "a folder of volumes", "check the path of --data"
@@ -59,7 +61,7 @@ def find(
     found = _recognise(root, progress)
     if found.labels:
         check_label_names(found.labels, root)
-    safe, renamed = safe_cases(list(_grouped(found.cases, group_pattern)))
+    safe, renamed = safe_cases(list(_grouped(found.cases, pattern)))
     cases = tuple(sorted(safe, key=lambda case: case.id))
     if not cases and found.passed_over:
         raise fault(
@@ -88,7 +90,25 @@ def _recognise(root: Path, progress: Callable[[int, int], None] | None) -> Found
     return plain(root, progress)
 
 
-def _grouped(cases: Iterable[CaseSource], pattern: str | None) -> Iterable[CaseSource]:
+def _patient_pattern(text: str | None) -> re.Pattern[str] | None:
+    if not text:
+        return None
+    try:
+        pattern = re.compile(text)
+    except (re.error, OverflowError) as error:
+        raise ConfigError(
+            f"--group-pattern {text} is no regular expression ({error}): give one like '^(p[0-9]+)'"
+        ) from None
+    if not pattern.groups:
+        raise ConfigError(
+            f"--group-pattern {text} has no group: put the part that names the patient in brackets,"
+            " as in '^(p[0-9]+)'"
+        )
+    return pattern
+
+
+def _grouped(cases: Iterable[CaseSource], pattern: re.Pattern[str] | None) -> Iterable[CaseSource]:
     for case in cases:
-        match = re.search(pattern, case.id) if pattern else None
-        yield replace(case, group=match.group(1), stated=True) if match else case
+        match = pattern.search(case.id) if pattern else None
+        patient = match.group(1) if match else None  # a group of what matches may be left out
+        yield replace(case, group=patient, stated=True) if patient else case

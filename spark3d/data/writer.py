@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import logging
 import shutil
 import time
 from collections.abc import Iterable
@@ -26,6 +27,10 @@ from spark3d.data.record import (
     sealed,
 )
 from spark3d.errors import ConfigError, EnvironmentProblem
+
+log = logging.getLogger(__name__)
+OURS = (".lock*", ".store.json.*.tmp")
+"""What a folder may hold before it is a store: locks, and what a kill right at the start left."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,12 +73,16 @@ class StoreWriter:
             raise EnvironmentProblem(_refusal(self.folder, error)) from None
         try:
             if self._shard is None:
-                self._lock(".lock", fcntl.LOCK_EX)
+                self._lock(".lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._wait_for_orphans()
+                self._claim()
             else:
-                self._lock(".lock", fcntl.LOCK_SH)
-                self._lock(f".lock-{self._shard}", fcntl.LOCK_EX)
-            self._wait_for_orphans()
-            self._claim()
+                self._lock(".lock", fcntl.LOCK_SH | fcntl.LOCK_NB)
+                self._lock(f".lock-{self._shard}", fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._wait_for_orphans()
+                self._lock(".lock-claim", fcntl.LOCK_EX)  # of shares that start together, in turn
+                self._claim()
+                self._locks.pop().close()
         except BaseException:
             self.__exit__()
             raise
@@ -98,7 +107,7 @@ class StoreWriter:
                 self.folder.rmdir()
 
     def _lock(self, name: str, kind: int) -> None:
-        """Take a lock that ends with this process, however it ends.
+        """Take a lock that ends with this process, however it ends; warn where there are none.
 
         Raises:
             EnvironmentProblem: no right to write, or another process holds it.
@@ -108,12 +117,16 @@ class StoreWriter:
         except OSError as error:
             raise EnvironmentProblem(_refusal(self.folder, error)) from None
         try:
-            fcntl.flock(self._locks[-1], kind | fcntl.LOCK_NB)
+            fcntl.flock(self._locks[-1], kind)
         except BlockingIOError:
             raise EnvironmentProblem(
                 f"another process is writing to {self.folder}: wait for it, or choose another "
                 "folder"
             ) from None
+        except OSError as error:
+            log.warning(
+                "no lock on %s (%s): start no second process on it", self.folder, error.strerror
+            )
 
     @property
     def workers_lock(self) -> Path:
@@ -139,12 +152,15 @@ class StoreWriter:
                         "then give the command again"
                     ) from None
                 time.sleep(0.1)
+            except OSError:
+                return  # no locks there, as `_lock` has said
 
     def _claim(self) -> None:
+        """Describe a new store, or hold the description of an old one against the settings."""
         path = self.folder / "store.json"
-        if not path.exists():
-            others = [p.name for p in self.folder.iterdir() if not p.name.startswith(".lock")]
-            if others:
+        foreign = [file for file in self.folder.iterdir() if not any(map(file.match, OURS))]
+        if not path.exists():  # after the listing, as without locks another share may write it
+            if foreign:
                 raise ConfigError(
                     f"{self.folder} is not empty and not a store: choose a new or empty folder "
                     "for --out"

@@ -59,6 +59,18 @@ def test_shares_and_their_end(task, tmp_path):
     assert len(Store.open(tmp_path / "s")) == 3
 
 
+def test_bad_cases_of_all_shares_count_at_their_end(task, tmp_path):
+    for n in (0, 1):
+        (task / "imagesTr" / f"c{n}.nii.gz").write_bytes(b"<html>")
+    for part in ("1/2", "2/2"):
+        run(task, tmp_path / "s", shard=part, max_bad=2, spacing="2")
+    for max_bad in (None, 1):
+        with pytest.raises(DataError, match=r"E-TOO-MANY-BAD.*`spark3d prepare --end-shards --max"):
+            run(task, tmp_path / "s", end_shards=True, max_bad=max_bad)
+    _, text = run(task, tmp_path / "s", end_shards=True, max_bad=2)
+    assert "1 cases" in text
+
+
 def test_unusable_cases_are_listed(task, tmp_path):
     (task / "imagesTr" / "c1.nii.gz").write_bytes(b"<html>")
     with pytest.raises(DataError, match="E-TOO-MANY-BAD"):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -190,7 +191,7 @@ def test_nothing_of_a_patient_comes_out(planted, labelled, tmp_path, capfd, capl
 
 def test_nor_where_every_file_is_damaged(planted, tmp_path, capfd):
     """Errors name cases, not files or headers."""
-    root = tmp_path / f"{NAME} {BORN}" / "scans"
+    root = tmp_path / PLAIN / f"{NAME} {BORN}" / "scans"
     for path in planted.rglob("*"):
         if path.is_file():
             target = root / path.relative_to(planted)
@@ -210,3 +211,27 @@ def test_nor_where_every_file_is_damaged(planted, tmp_path, capfd):
         assert clean(said.encode()), said
     assert dirty(out) == []
     assert [p.name for p in out.iterdir()] == ["doctor.json"], "no store without a case, no run"
+
+
+def test_nor_where_a_series_is_damaged_or_files_are_absent(labelled, tmp_path, capfd):
+    """In folders whose names could be ids: a message may show them, the file that stays may not."""
+    scans, out = tmp_path / PLAIN / "in", tmp_path / "out"
+    write_series(scans / PLAIN, ct_like(SIZE, 1), AFFINE)
+    slices = sorted((scans / PLAIN).iterdir())
+    slices[3].write_bytes(slices[3].read_bytes()[:-9])
+    task = tmp_path / PLAIN / "task"
+    shutil.copytree(labelled, task)
+    next((task / "labelsTr").iterdir()).unlink()
+    for root, code in ((scans, "E-TRUNCATED"), (task, "E-MISSING-FILE")):
+        out.mkdir(exist_ok=True)
+        left, said = run(
+            capfd, "doctor", root, "--out", out / f"{root.name}.json", "--workers", "0"
+        )
+        assert left == 3, said
+        assert clean(said.encode()), said
+        assert code in (out / f"{root.name}.json").read_text()
+    assert dirty(out) == []
+    assert json.loads((out / "task.json").read_text())["fault"] == (
+        "E-MISSING-FILE: the folder: expected every listed file; restore them, or take them off "
+        "the list"
+    )

@@ -111,9 +111,11 @@ def test_spaces_of_nrrd_and_big_endian_voxels(tmp_path):
 
 
 def test_a_detached_header_brings_its_voxels(tmp_path):
-    for suffix in ("nhdr", "mhd"):
-        path = tmp_path / f"a.{suffix}"
+    """Whatever its suffix: those of attached ones allow it too."""
+    for written, suffix in (("nhdr", "nhdr"), ("mhd", "mhd"), ("nhdr", "nrrd"), ("mhd", "mha")):
+        path = tmp_path / f"a.{written}"
         sitk.WriteImage(as_itk(ct_like((6, 5, 4)), AFFINE), str(path))
+        path = path.rename(path.with_suffix(f".{suffix}"))
         own, body = data_files(path)
         assert own == path
         assert body.stat().st_size == 6 * 5 * 4 * 2
@@ -121,6 +123,10 @@ def test_a_detached_header_brings_its_voxels(tmp_path):
         assert data_files(path) == (path,)
         with pytest.raises(DataError, match=r"^E-UNREADABLE"):
             read_volume(path)
+    for suffix in ("nrrd", "mha"):
+        path = tmp_path / f"attached.{suffix}"
+        sitk.WriteImage(as_itk(ct_like((6, 5, 4)), AFFINE), str(path))
+        assert data_files(path) == (path,)
 
 
 def test_a_large_packed_volume_is_read_in_pieces(tmp_path):

@@ -148,6 +148,19 @@ def test_unusable_files_are_left_out_by_name_up_to_the_limit(folder):
         scan_images(folder, max_bad=0.5)
 
 
+def test_a_file_that_may_not_be_read_is_told_without_its_path(folder, monkeypatch):
+    """The reason stays in the run's folder."""
+    read = Path.read_bytes
+
+    def refuse(path):
+        if path.name == "d.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert scan_images(folder, max_bad=0.5).bad == {"d.png": "Permission denied"}
+
+
 def test_all_unusable_is_an_error_whatever_the_limit(tmp_path):
     break_files(tmp_path / paint(tmp_path / "x" / "a.png").parent)
     (tmp_path / "x" / "a.png").unlink()

@@ -9,7 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import pytest
-from datasets import decathlon, snapshot
+from datasets import decathlon, label_like, snapshot
 from hypothesis import given
 from hypothesis import strategies as st
 from nifti_files import DEFAULT, ct_like, write_nifti
@@ -18,6 +18,7 @@ from spark3d.data import job, pool
 from spark3d.data.job import Job
 from spark3d.data.pool import run_jobs
 from spark3d.data.prepare import PrepareSpec, prepare
+from spark3d.data.record import case_path
 from spark3d.data.sources import CaseSource, find_cases
 from spark3d.errors import DataError, EnvironmentProblem
 
@@ -144,6 +145,47 @@ def test_a_case_too_large_for_the_memory_is_left_out_by_name(source, tmp_path, m
     reason = job.run_job(Job(find_cases(source)[0], SPEC, tmp_path / "s"))
     assert reason is not None
     assert reason.startswith("E-MEMORY: pt_0: found ")
+
+
+@pytest.mark.parametrize("part", ["images", "labels"])
+def test_a_file_that_changes_while_it_is_read_is_not_taken_for_the_new_one(
+    source, tmp_path, monkeypatch, part
+):
+    """It is left out by name; the same command prepares what is there then."""
+    changing, read = source / f"{part}Tr" / "pt_0.nii.gz", job.prepare_case
+    new = ct_like(seed=77) if part == "images" else label_like()[::-1]
+
+    def slow(case, spec):
+        prepared = read(case, spec)
+        if case.id == "pt_0":
+            write_nifti(changing, new)
+        return prepared
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "prepare_case", slow)
+        report = prepare(find_cases(source), tmp_path / "s", SPEC, max_bad=1)
+    assert list(report.failed) == ["pt_0"]
+    assert report.failed["pt_0"].startswith("E-CHANGED: pt_0: found a file that changed")
+    assert prepare(find_cases(source), tmp_path / "s", SPEC).written == ["pt_0"]
+    prepare(find_cases(source), tmp_path / "new", SPEC)
+    for suffix in (".b2nd", ".seg.b2nd"):
+        one, two = (case_path(tmp_path / s, "pt_0", suffix).read_bytes() for s in ("s", "new"))
+        assert one == two
+
+
+@pytest.mark.parametrize("before", ["_stamps", "prepare_case", "_key"])
+def test_a_file_that_goes_meanwhile_is_told_by_name(source, tmp_path, monkeypatch, before):
+    one, work = find_cases(source)[0], getattr(job, before)
+
+    def late(*args):
+        one.image.unlink()
+        return work(*args)
+
+    monkeypatch.setattr(job, before, late)
+    reason = job.run_job(Job(one, SPEC, tmp_path / "s"))
+    assert reason is not None
+    assert reason.startswith("E-UNREADABLE: ")
+    assert "pt_0" in reason
 
 
 def test_a_place_that_cannot_be_written_to_is_a_problem_of_the_environment(source, tmp_path):

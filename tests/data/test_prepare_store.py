@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import decathlon, label_like, snapshot
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from nifti_files import DEFAULT, ct_like, rotation, signed_permutation, write_nifti
 
+from spark3d.data import prepare as preparing
 from spark3d.data.case import content_hash, guess_modality, quantise
 from spark3d.data.geometry import resample_onto
 from spark3d.data.io import read_volume
@@ -23,6 +24,7 @@ from spark3d.data.prepare import (
     prepare,
     refuse_too_many,
 )
+from spark3d.data.record import sealed
 from spark3d.data.sources import CaseSource, find_cases
 from spark3d.data.store import Store, case_path
 from spark3d.errors import ConfigError, DataError
@@ -164,6 +166,63 @@ def test_one_unlabelled_case_in_a_hundred_may_be_bad_and_no_labelled_one(
     report = PrepareReport(failed=dict.fromkeys(failed, "E-NAN"))
     with contextlib.nullcontext() if accepted else pytest.raises(DataError, match="E-TOO-MANY"):
         refuse_too_many(report, cases, None, Path("out"))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    plain=st.sampled_from([3, 120, 250]),
+    labelled=st.integers(0, 4),
+    bad=st.sets(st.integers(0, 253), max_size=4),
+    n_shares=st.integers(1, 5),
+    max_bad=st.none() | st.integers(0, 4),
+)
+@example(plain=120, labelled=0, bad={7}, n_shares=5, max_bad=None)
+@example(plain=3, labelled=0, bad={0, 1}, n_shares=5, max_bad=1)
+def test_shares_accept_as_many_bad_cases_as_one_run(
+    tmp_path_factory, plain, labelled, bad, n_shares, max_bad
+):
+    folder = tmp_path_factory.mktemp("shares")
+    image, label = folder / "i.nii", folder / "l.nii"
+    image.touch()
+    label.touch()
+    cases = [CaseSource(f"l{n}", image, label) for n in range(labelled)]
+    cases += [CaseSource(f"u{n}", image) for n in range(plain)]
+    failing = {case.id for n, case in enumerate(cases) if n in bad}
+
+    def accepted(*steps):
+        try:
+            for step in steps:
+                step()
+        except DataError:
+            return False
+        return True
+
+    def share(n):
+        return lambda: prepare(cases, folder / "s", SPEC, max_bad=max_bad, shard=(n, n_shares))
+
+    with pytest.MonkeyPatch.context() as patch:  # nothing is read or stored
+        patch.setattr(
+            preparing, "run_jobs",
+            lambda jobs, *_: [(job, "E-NAN" if job.case.id in failing else None) for job in jobs],
+        )  # fmt: skip
+        patch.setattr(preparing, "_duplicates", lambda *_: [])
+        patch.setattr(preparing, "_end", lambda *_: None)
+        whole = accepted(lambda: prepare(cases, folder / "w", SPEC, max_bad=max_bad))
+        parts = [share(n) for n in range(n_shares)]
+        assert accepted(*parts, lambda: finalize(folder / "s", max_bad)) == whole
+
+
+def test_shares_of_an_earlier_version_are_run_again(source, tmp_path):
+    """Their outcome does not tell how many labelled cases they had."""
+    cases = find_cases(source)
+    prepare(cases, tmp_path / "s", SPEC, shard=(0, 1))
+    path = tmp_path / "s" / "shards" / "0-of-1.json"
+    outcome = json.loads(path.read_text())
+    path.write_bytes(sealed({k: v for k, v in outcome.items() if "labelled" not in k}))
+    with pytest.raises(DataError, match=r"E-SHARDS.*run every share again"):
+        finalize(tmp_path / "s")
+    assert prepare(cases, tmp_path / "s", SPEC, shard=(0, 1)).written == []
+    assert finalize(tmp_path / "s") == 6
 
 
 def test_the_same_voxels_in_two_cases_are_reported(source, tmp_path):

@@ -1,5 +1,6 @@
 """Names of patients, planted in headers, paths and ids, reach neither store nor account."""
 
+import secrets
 import stat
 
 import pytest
@@ -10,6 +11,7 @@ from spark3d.data.prepare import PrepareSpec, prepare
 from spark3d.data.privacy import keyed_id, safe_cases
 from spark3d.data.sources import CaseSource, find_cases
 from spark3d.data.store import Store
+from spark3d.errors import ConfigError, EnvironmentProblem
 
 CANARY = "DOE^Jane 1970"
 SPEC = PrepareSpec(spacing_mm=(2, 2, 3))
@@ -64,3 +66,50 @@ def test_ids_of_the_strict_pattern_are_kept_and_need_no_key(tmp_path):
     case = CaseSource("LIDC-IDRI-0001_a.1", tmp_path / "a.nii")
     assert safe_cases([case]) == ([case], {})
     assert not (tmp_path / "config").exists()
+
+
+def id_of_a_patient(tmp_path):
+    return safe_cases([CaseSource("Jane Doe", tmp_path / "a.nii")])[0][0].id
+
+
+def test_two_processes_at_first_use_have_one_key(tmp_path, monkeypatch):
+    """The second comes while the first is about to write."""
+    make, others = secrets.token_hex, []
+
+    def slow(n):
+        monkeypatch.setattr(secrets, "token_hex", make)
+        others.append(id_of_a_patient(tmp_path))
+        return make(n)
+
+    monkeypatch.setattr(secrets, "token_hex", slow)
+    assert [id_of_a_patient(tmp_path)] == others
+    assert others != [keyed_id("Jane Doe", b"")]
+    assert [p.name for p in (tmp_path / "config" / "spark3d").iterdir()] == ["id.key"]
+
+
+def test_a_kill_while_the_key_is_made_leaves_no_key(tmp_path, monkeypatch):
+    def stopped(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(secrets, "token_hex", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            id_of_a_patient(tmp_path)
+    assert not (tmp_path / "config" / "spark3d" / "id.key").exists()
+    assert id_of_a_patient(tmp_path) != keyed_id("Jane Doe", b"")
+
+
+@pytest.mark.parametrize("left", [b"", b"0" * 63])
+def test_a_key_that_is_not_whole_is_refused(tmp_path, left):
+    path = tmp_path / "config" / "spark3d" / "id.key"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(left)
+    with pytest.raises(EnvironmentProblem, match=rf"id\.key has {len(left)} of 64 .*remove"):
+        id_of_a_patient(tmp_path)
+
+
+@pytest.mark.parametrize("given", ["", " "])
+def test_an_empty_key_of_the_environment_is_refused(tmp_path, monkeypatch, given):
+    monkeypatch.setenv("SPARK3D_ID_KEY", given)
+    with pytest.raises(ConfigError, match="SPARK3D_ID_KEY is empty"):
+        id_of_a_patient(tmp_path)

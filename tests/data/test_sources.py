@@ -1,15 +1,20 @@
 """The layouts people download, quirks included, become the right lists of cases."""
 
+import contextlib
 import json
 import os
+import re
+import warnings
 
 import numpy as np
 import pytest
 from datasets import decathlon
+from hypothesis import example, given
+from hypothesis import strategies as st
 from nifti_files import write_nifti
 
 from spark3d.data.sources import CaseSource, find, find_cases
-from spark3d.errors import DataError
+from spark3d.errors import ConfigError, DataError
 
 
 def touch(root, *names):
@@ -169,6 +174,33 @@ def test_the_patient_is_found_in_the_id(tmp_path):
     touch(tmp_path, "p1_a.nii", "p1_b.nii", "p2_a.nii", "other.nii")
     groups = {c.id: c.group for c in find_cases(tmp_path, r"^(p\d+)_")}
     assert groups == {"p1_a": "p1", "p1_b": "p1", "p2_a": "p2", "other": "other"}
+    cases = find_cases(tmp_path, r"^(p\d+)?")
+    assert {c.id: c.group for c in cases} == groups
+    assert {c.id for c in cases if not c.has_patient} == {"other"}
+
+
+@pytest.mark.parametrize("pattern", [r"^p\d+", "(?:p)", "^"])
+def test_a_pattern_without_a_group_is_refused(tmp_path, pattern):
+    touch(tmp_path, "p1_a.nii")
+    with pytest.raises(ConfigError, match=r"--group-pattern .* has no group: put the part"):
+        find_cases(tmp_path, pattern)
+
+
+@given(pattern=st.text("()[]{}?*+|^p1_9,\\", max_size=8))
+@example(pattern="(")
+@example(pattern="(a){99999999999}")
+def test_any_pattern_is_taken_or_refused_in_one_line(tmp_path_factory, pattern):
+    folder = tmp_path_factory.mktemp("patterns")
+    touch(folder, "p1_a.nii")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what a set may mean some day
+        try:
+            groups = re.compile(pattern).groups
+        except (re.error, OverflowError):
+            groups = 0
+        refused = pytest.raises(ConfigError, match="--group-pattern")
+        with refused if pattern and not groups else contextlib.nullcontext():
+            find_cases(folder, pattern)
 
 
 @pytest.mark.parametrize(

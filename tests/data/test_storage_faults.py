@@ -1,6 +1,7 @@
 """Faults of disks, folders and rights: nothing is lost, nothing goes unsaid, and the exit code."""
 
 import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -18,13 +19,14 @@ from nifti_files import ct_like, write_nifti
 
 from spark3d.commands.doctor import doctor_command
 from spark3d.commands.prepare import prepare_command
-from spark3d.data import pool
+from spark3d.data import files, pool
 from spark3d.data import prepare as preparing
 from spark3d.data.case_list import write_case_list
 from spark3d.data.prepare import PrepareSpec, finalize, prepare
+from spark3d.data.record import read_head
 from spark3d.data.sources import find, find_cases
 from spark3d.data.store import Store, StoreWriter, case_path
-from spark3d.errors import DataError, EnvironmentProblem
+from spark3d.errors import ConfigError, DataError, EnvironmentProblem
 
 SPEC = PrepareSpec(spacing_mm=(2.5, 2.0, 3.0))
 
@@ -167,6 +169,62 @@ def test_writers_of_shares_work_side_by_side_and_exclude_one_of_the_whole(tmp_pa
         pytest.raises(EnvironmentProblem, match="another process"),
     ):
         StoreWriter(tmp_path / "s", settings, 1).__enter__()
+
+
+def test_shares_that_start_together_on_a_new_store_describe_it_once(tmp_path, monkeypatch):
+    """The others come while the first has written its description beside the place for it."""
+    settings = [{"spacing_mm": [1, 1, 1]}, {"spacing_mm": [1, 1, 1]}, {"spacing_mm": [2, 2, 2]}]
+    shares = [StoreWriter(tmp_path / "s", one, shard) for shard, one in enumerate(settings)]
+    put, refused = files.put_in_place, []
+
+    def start(share):
+        try:
+            with share:
+                pass
+        except ConfigError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=start, args=(share,)) for share in shares[1:]]
+
+    def slowly(staged):
+        monkeypatch.setattr(files, "put_in_place", put)
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)
+        put(staged)
+
+    monkeypatch.setattr(files, "put_in_place", slowly)
+    with shares[0]:
+        for thread in threads:
+            thread.join(10)
+    assert len(refused) == 1
+    assert "prepared with other settings (spacing_mm)" in refused[0]
+    assert read_head(tmp_path / "s")["settings"] == settings[0]
+
+
+@pytest.mark.parametrize("shard", [None, 0])
+def test_what_a_kill_right_at_the_start_left_is_no_foreign_file(tmp_path, shard):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / ".store.json.123.tmp").write_text("half")
+    with StoreWriter(tmp_path / "s", {"spacing_mm": [1, 1, 1]}, shard):
+        pass
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / ".notes.tmp").write_text("the user's own")
+    with pytest.raises(ConfigError, match="not empty and not a store"):
+        StoreWriter(tmp_path / "t", {}, shard).__enter__()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_warned_of(source, tmp_path, monkeypatch, caplog, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    report = prepare(find_cases(source)[:1], tmp_path / "s", SPEC, shard=(0, 1))
+    assert report.written == ["c0"]
+    assert f"({os.strerror(number)}): start no second process on it" in caplog.text
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # Ctrl-C stays ours
+    pool._start_worker(os.getppid(), tmp_path / "lock")  # the watch sees another parent: us
 
 
 def test_a_second_writer_leaves_with_exit_code_4(source, tmp_path):

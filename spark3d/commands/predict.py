@@ -20,6 +20,7 @@ from spark3d.data.dicom_seg import write_dicom_seg
 from spark3d.data.geometry import resample_onto
 from spark3d.data.io import write_label
 from spark3d.data.nifti_header import Geometry
+from spark3d.data.source_files import stamps
 from spark3d.data.sources import CaseSource
 from spark3d.engine.loop import stop_on_signal
 from spark3d.engine.precision import warn_of_slow_bfloat16
@@ -128,7 +129,7 @@ def predict_command(
     cases = cases_of(data, section, only if kept is None else kept, out)
     check_format(cases, format)
     ledger = Ledger.open(out, segmenter, asdict(settings), kept)
-    todo = [case for case in cases if not ledger.is_done(case.id)]
+    todo = [case for case in cases if not ledger.is_done(case)]
     if len(todo) < len(cases):
         console.print(f"{len(cases) - len(todo)} of {len(cases)} cases are there already")
 
@@ -148,14 +149,15 @@ def predict_command(
             part = bar.add_task(case.id, total=None)
             begun = time.perf_counter()
             try:
+                image = replace(case, label=None)
+                read = stamps(image)
                 content, how = segment(
                     segmenter, case, ledger.file(case.id), plan, settings, on_window
                 )
+                ledger.add(image, read, content, how, time.perf_counter() - begun)
             except DataError as error:
                 failed[case.id] = str(error)
                 log.warning("left out %s", error)
-            else:
-                ledger.add(case, content, how, time.perf_counter() - begun)
             bar.remove_task(part)
             bar.advance(whole)
     if failed:

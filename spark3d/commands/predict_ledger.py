@@ -3,7 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +12,7 @@ from spark3d.build import LoadedSegmenter
 from spark3d.commands.command_line import recorded_command
 from spark3d.commands.runs import versions
 from spark3d.data.files import write_atomic
+from spark3d.data.source_files import Stamp, check_unchanged, fingerprint, same_files
 from spark3d.data.sources import CaseSource
 from spark3d.errors import ConfigError, EnvironmentProblem
 from spark3d.weights.exchange import file_sha256
@@ -81,14 +82,28 @@ class Ledger:
         """Where the label map of a case is kept."""
         return self.folder / f"{case}{SUFFIX[self.record['settings']['format']]}"
 
-    def is_done(self, case: str) -> bool:
-        """Whether the label map of a case is there, byte for byte as it was written."""
-        file, entry = self.file(case), self.record["cases"].get(case)
-        return entry is not None and file.is_file() and file_sha256(file) == entry["sha256"]
+    def is_done(self, case: CaseSource) -> bool:
+        """Whether the label map of a case is there as it was written, of the same image files."""
+        file, entry = self.file(case.id), self.record["cases"].get(case.id)
+        return (
+            entry is not None
+            and file.is_file()
+            and file_sha256(file) == entry["sha256"]
+            and same_files(replace(case, label=None), entry.get("files", ()))
+        )
 
-    def add(self, case: CaseSource, content_hash: str, moved: str, seconds: float) -> None:
-        """Note a label map that has just been written; its image by its voxels, never its path."""
+    def add(
+        self, case: CaseSource, read: Sequence[Stamp], content_hash: str, moved: str, seconds: float
+    ) -> None:
+        """Note a label map that has just been written, of files as they were when read.
+
+        Raises:
+            DataError: they have changed since.
+        """
+        files = fingerprint(read)
+        check_unchanged(case, read)
         self.record["cases"][case.id] = {
+            "files": files,
             "content_hash": content_hash,
             "trained_on": content_hash in self.trained_on,
             "sha256": file_sha256(self.file(case.id)),

@@ -1,6 +1,5 @@
 """One case as a piece of work: is it in the store already, and if not, put it there."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,9 @@ import xxhash
 from spark3d.data.case import PrepareSpec, prepare_case
 from spark3d.data.checks import fault, placed
 from spark3d.data.chunks import ChunkedFile, Frame
-from spark3d.data.io import data_files
 from spark3d.data.record import SUFFIXES, CaseRecord, case_path, read_record
+from spark3d.data.source_files import check_unchanged, fingerprint, same_files, stamps
 from spark3d.data.sources import CaseSource
-from spark3d.data.streams import unreadable
 from spark3d.data.writer import write_case
 from spark3d.errors import DataError
 
@@ -38,14 +36,10 @@ def run_job(job: Job) -> str | None:
         EnvironmentProblem: the machine, not the case, is at fault.
     """
     try:
-        stamps = _stamps(job.case)
+        before = stamps(job.case)
         prepared = prepare_case(job.case, job.spec)
-        key = _key(job.spec, stamps)
-        if _stamps(job.case) != stamps:  # what was hashed may not be what was read
-            raise fault(
-                "E-CHANGED", job.case.id, "a file that changed while it was read",
-                "files that stay as they are", "give the command again once all are in place",
-            )  # fmt: skip
+        key = {"settings": _settings_hash(job.spec), "files": fingerprint(before)}
+        check_unchanged(job.case, before)
         write_case(job.out, prepared, key, job.spec.chunk)
     except (DataError, MemoryError) as error:
         return reason_of(error, job.case.id)
@@ -86,7 +80,7 @@ def is_current(job: Job, verify: bool = False) -> bool:
         same_place
         and case_path(job.out, case_id, ".npz").exists()
         and data["key"]["settings"] == _settings_hash(job.spec)
-        and _same_files(_paths(job.case), data["key"]["files"])
+        and same_files(job.case, data["key"]["files"])
         and not (verify and _damaged(job, data))
     )
 
@@ -104,55 +98,5 @@ def _damaged(job: Job, data: dict[str, Any]) -> bool:
     return False
 
 
-def _paths(case: CaseSource) -> tuple[Path, ...]:
-    sources = (*case.sources, *([case.label] if case.label else []))
-    return tuple(path for source in sources for path in data_files(source))
-
-
-def _stamps(case: CaseSource) -> list[tuple[Path, int, int]]:
-    """Size and time of change of each file of a case.
-
-    Raises:
-        DataError: one is not there.
-    """
-    stamps = []
-    for path in _paths(case):
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise unreadable(path, error) from None
-        stamps.append((path, stat.st_size, stat.st_mtime_ns))
-    return stamps
-
-
-def _key(spec: PrepareSpec, stamps: list[tuple[Path, int, int]]) -> dict[str, Any]:
-    files = [
-        {"bytes": size, "mtime_ns": changed, "sha256": _sha256(path)}
-        for path, size, changed in stamps
-    ]
-    return {"settings": _settings_hash(spec), "files": files}
-
-
 def _settings_hash(spec: PrepareSpec) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(spec.settings(), sort_keys=True).encode())
-
-
-def _same_files(paths: tuple[Path, ...], known: list[dict[str, Any]]) -> bool:
-    """By size and time of change; by content where only the time differs."""
-    if len(paths) != len(known):
-        return False
-    for path, entry in zip(paths, known, strict=True):
-        stat = path.stat()
-        if stat.st_size != entry["bytes"]:
-            return False
-        if stat.st_mtime_ns != entry["mtime_ns"] and _sha256(path) != entry["sha256"]:
-            return False
-    return True
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise unreadable(path, error) from None

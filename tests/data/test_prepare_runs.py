@@ -173,7 +173,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_taken_for_the_new_one(
         assert one == two
 
 
-@pytest.mark.parametrize("before", ["_stamps", "prepare_case", "_key"])
+@pytest.mark.parametrize("before", ["stamps", "prepare_case", "fingerprint"])
 def test_a_file_that_goes_meanwhile_is_told_by_name(source, tmp_path, monkeypatch, before):
     one, work = find_cases(source)[0], getattr(job, before)
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -59,6 +60,24 @@ def test_a_second_call_redoes_only_what_is_absent_or_damaged(scans, segmenter, t
     predict_command(MODEL, scans, out)
     assert network.windows > 0
     assert {f.name: f.read_bytes() for f in out.glob("*.nii.gz")} == whole
+
+
+def test_an_image_that_changed_is_segmented_again(scans, segmenter, tmp_path):
+    segmenter()
+    out = predict_command(MODEL, scans, tmp_path / "out")
+    before = {f.name: f.read_bytes() for f in out.glob("*.nii.gz")}
+    image, truth = ball(7)
+    file = write_nifti(scans / "imagesTr" / "case1_0000.nii.gz", image, odd_affine())
+    os.utime(scans / "imagesTr" / "case0_0000.nii.gz")  # touched, not changed
+    network = segmenter()
+    predict_command(MODEL, scans, out)
+    assert network.windows > 0
+    changed = [name for name, old in before.items() if (out / name).read_bytes() != old]
+    assert changed == ["case1.nii.gz"]
+    assert min(dice_per_label(read(out / "case1.nii.gz")[0], truth, [1, 2]).values()) > 0.93
+    text = (out / "predict.json").read_text()
+    assert file.name not in text
+    assert str(tmp_path) not in json.dumps(json.loads(text)["cases"])
 
 
 def test_a_case_that_fails_is_named_and_the_others_are_done(scans, segmenter, tmp_path):

@@ -71,7 +71,7 @@ def pretrain_command(
         The encoder weights, `out/encoder.safetensors`.
     """
     asked = build.settled(asked_recipe(recipe, overrides, dims))
-    start = read_start(init, asked)
+    start, asked = read_start(init, asked)
     fabric = build.fabric(asked.compute, asked.optim.precision)
     set_up_logging(fabric.global_rank)
     build.warn_of_slow_precision(fabric, asked.optim.precision)

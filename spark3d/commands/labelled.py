@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spark3d import build
 from spark3d.commands.command_line import without_paths
-from spark3d.commands.inputs import stream
+from spark3d.commands.inputs import one_hash, stream
 from spark3d.commands.splitting import check_overlap, split_cases
 from spark3d.commands.stores import (
     check_crop,
@@ -86,6 +86,7 @@ class FinetuneInputs:
             "encoder": self.weights[1].sha256 if self.weights else None,
             "train": list(self.train),
             "validation": list(self.validation),
+            "data": one_hash([self.store.voxel_hash(c) for c in (*self.train, *self.validation)]),
             **({"overlap": self.overlap} if self.overlap else {}),
         }
 

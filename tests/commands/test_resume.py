@@ -17,7 +17,8 @@ from spark3d.commands import finetune as finetune_module
 from spark3d.commands import pretrain as pretrain_module
 from spark3d.commands.finetune import Finetuned, finetune_command
 from spark3d.commands.pretrain import pretrain_command
-from spark3d.errors import Interrupted
+from spark3d.data.store import Store
+from spark3d.errors import ConfigError, Interrupted
 
 LOADING = ("compute.workers=0", "compute.workers=2")
 
@@ -168,6 +169,27 @@ def repeated_pretraining(store: Path, run: Path, pretrained: Path) -> None:
 
 def repeated_finetuning(store: Path, run: Path, pretrained: Path) -> None:
     finetune_command(store, run, pretrained, None, FINETUNE)
+
+
+def test_corrected_data_are_another_run(
+    store: Path,
+    pretrained: Path,
+    finetuned: Path,
+    tmp_path: Path,
+    copied: Callable[[Path, Path], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As after preparing corrected labels into the same store; a run that noted none goes on."""
+    run = copied(finetuned, tmp_path / "run")
+    real = Store.voxel_hash
+    corrected = {"case0": "another"}
+    monkeypatch.setattr(Store, "voxel_hash", lambda s, case: corrected.get(case) or real(s, case))
+    with pytest.raises(ConfigError, match="is another run: data differ"):
+        repeated_finetuning(store, run, pretrained)
+    record = json.loads((run / "run.json").read_text())
+    del record["inputs"]["data"]
+    (run / "run.json").write_text(json.dumps(record))
+    repeated_finetuning(store, run, pretrained)
 
 
 @pytest.mark.parametrize(

@@ -324,16 +324,12 @@ def set_up(
     runner: Fabric,
     module: nn.Module,
     optim: OptimSection,
-    pretrained: Collection[str] = (),
-    ratio: float | None = None,
+    slower: Collection[str] = (),
+    ratio: float = 1.0,
 ) -> tuple[nn.Module, Optimizer]:
-    """Wrap module and optimiser.
-
-    `ratio` (by default `encoder_lr_ratio`) scales the rates of the `pretrained` parameters.
-    """
-    inside = frozenset(pretrained)
-    scale = optim.encoder_lr_ratio if ratio is None else ratio
-    groups = parameter_groups(module, lambda name: name in inside, scale)
+    """Wrap module and optimiser; `ratio` scales the rates of the `slower` parameters."""
+    inside = frozenset(slower)
+    groups = parameter_groups(module, lambda name: name in inside, ratio)
     optimizer = build_optimizer(optim.name, groups, optim.lr, optim.betas, optim.momentum)
     return runner.setup(module, optimizer)  # type: ignore[return-value]
 

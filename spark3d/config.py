@@ -142,7 +142,14 @@ class OptimSection(Section):
     batch: Auto | Annotated[int, Field(ge=1)] = "auto"
     clip: float = Field(default=5.0, gt=0)
     precision: Auto | Literal["32-true", "bf16-mixed"] = "32-true"
-    encoder_lr_ratio: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_ratio_of_one(cls, tree: Any) -> Any:
+        """Resolved recipes may say `encoder_lr_ratio: 1.0`, which changes nothing anywhere."""
+        if isinstance(tree, dict) and tree.get("encoder_lr_ratio") == 1:
+            return {key: value for key, value in tree.items() if key != "encoder_lr_ratio"}
+        return tree
 
 
 class FinetuneOptimSection(OptimSection):
@@ -156,6 +163,7 @@ class FinetuneOptimSection(OptimSection):
     which takes less memory; losses that normalise over the batch then do so over a share.
     """
 
+    encoder_lr_ratio: float = Field(default=1.0, gt=0)
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     freeze_steps: int = Field(default=0, ge=0)
     ema: float = Field(default=0.0, ge=0, lt=1)

@@ -213,7 +213,8 @@ def spark(section: SparKSection, net: Backbone, encoder: SparseEncoder) -> SparK
         decoder = OfficialDecoder(net.strides, net.in_channels, width, section.decoder_norm)
     else:
         width = light_width(net.channels[-1]) if width == "auto" else width
-        stop = None if section.stop_stride == "auto" else section.stop_stride
+        stop = section.stop_stride
+        stop = None if stop == "auto" else sizes(stop, net.ndim, "objective.stop_stride")
         decoder = LightDecoder(net.strides, net.in_channels, width, stop, section.decoder_norm)
     norm = densify_norm(net.network) if section.densify_norm == "auto" else section.densify_norm
     dense = Densify(net.channels, decoder.widths, net.ndim, norm, decoder.folds)

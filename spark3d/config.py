@@ -33,6 +33,8 @@ __all__ = ["find_recipe", "read_yaml"]
 NEUTRAL = ("compute", "log", "probe")
 """Sections that never change results."""
 Probability = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class WindowSection(Section):
@@ -130,7 +132,7 @@ class OptimSection(Section):
 
     name: Literal["adamw", "lamb", "sgd"] = "adamw"
     lr: float = Field(default=1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     momentum: float = Field(default=0.99, ge=0, lt=1)
     weight_decay: float = Field(default=0.05, ge=0)
     weight_decay_end: float | None = None
@@ -203,7 +205,7 @@ class PretrainRecipe(Section):
     """One pre-training run."""
 
     dims: Literal[2, 3] = 3
-    seed: int = 0
+    seed: Seed = 0
     data: DataSection = DataSection()
     images: ImagesSection = ImagesSection()
     mask: MaskSection = MaskSection()
@@ -269,7 +271,7 @@ class FinetuneRecipe(Section):
     """One fine-tuning run; `protocol` is filled in by `--protocol` alone."""
 
     dims: Literal[2, 3] = 3
-    seed: int = 0
+    seed: Seed = 0
     data: DataSection = DataSection(augment=SEGMENTATION_AUGMENT)
     split: SplitSection = SplitSection()
     model: SegmentModelSection = SegmentModelSection()

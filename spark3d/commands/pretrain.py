@@ -197,6 +197,7 @@ def run_pretraining(
                 checkpoints.save_parts(step, parts)
             bar.advance(f"loss {result.loss:.4f}")
             if stop and not last:
+                fabric.barrier()  # no rank leaves while the first still writes
                 raise Interrupted(f"stopped after step {step}; the same command goes on from there")
 
     target = out / "encoder.safetensors"

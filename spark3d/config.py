@@ -249,7 +249,7 @@ class SegmentModelSection(Section):
     """The network to fine-tune: the same backbone name and options as in pre-training.
 
     `balance` scales the stages of a pre-trained SegResNet to the spread of a fresh one, which keeps
-    its decoder from drowning (`models.balance`); `auto` does so for SegResNet alone.
+    its decoder from drowning (`models.balance`); `auto` does so for SegResNet without batch norms.
 
     `decoder: auto` is the network's own, or a U-Net of width `feature_size` around an encoder that
     has none; `flexible` is that of MONAI's FlexibleUNet. `batch_norm` says what becomes of the

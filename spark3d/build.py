@@ -213,7 +213,8 @@ def spark(section: SparKSection, net: Backbone, encoder: SparseEncoder) -> SparK
         decoder = OfficialDecoder(net.strides, net.in_channels, width, section.decoder_norm)
     else:
         width = light_width(net.channels[-1]) if width == "auto" else width
-        stop = None if section.stop_stride == "auto" else section.stop_stride
+        stop = section.stop_stride
+        stop = None if stop == "auto" else sizes(stop, net.ndim, "objective.stop_stride")
         decoder = LightDecoder(net.strides, net.in_channels, width, stop, section.decoder_norm)
     norm = densify_norm(net.network) if section.densify_norm == "auto" else section.densify_norm
     dense = Densify(net.channels, decoder.widths, net.ndim, norm, decoder.folds)
@@ -331,16 +332,12 @@ def set_up(
     runner: Fabric,
     module: nn.Module,
     optim: OptimSection,
-    pretrained: Collection[str] = (),
-    ratio: float | None = None,
+    slower: Collection[str] = (),
+    ratio: float = 1.0,
 ) -> tuple[nn.Module, Optimizer]:
-    """Wrap module and optimiser.
-
-    `ratio` (by default `encoder_lr_ratio`) scales the rates of the `pretrained` parameters.
-    """
-    inside = frozenset(pretrained)
-    scale = optim.encoder_lr_ratio if ratio is None else ratio
-    groups = parameter_groups(module, lambda name: name in inside, scale)
+    """Wrap module and optimiser; `ratio` scales the rates of the `slower` parameters."""
+    inside = frozenset(slower)
+    groups = parameter_groups(module, lambda name: name in inside, ratio)
     optimizer = build_optimizer(optim.name, groups, optim.lr, optim.betas, optim.momentum)
     return runner.setup(module, optimizer)  # type: ignore[return-value]
 

@@ -4,7 +4,16 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from spark3d.config import Auto, ComputeSection, LogSection, OptimSection, Section, Sizes
+from spark3d.config import (
+    Auto,
+    Beta,
+    ComputeSection,
+    LogSection,
+    OptimSection,
+    Section,
+    Seed,
+    Sizes,
+)
 
 
 class LabelledImagesSection(Section):
@@ -66,7 +75,7 @@ class ClassifyOptimSection(OptimSection):
     lets the decay rise to it. `always_adapt` and `bias_correction` are LAMB's.
     """
 
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     layer_blocks: Sizes = 1
     ema: float = Field(default=0.0, ge=0, lt=1)
@@ -79,7 +88,7 @@ class ClassifyRecipe(Section):
     """One fine-tuning for classification; `log.validate_every: 0` validates after every epoch."""
 
     dims: Literal[2] = 2
-    seed: int = 0
+    seed: Seed = 0
     images: LabelledImagesSection = LabelledImagesSection()
     augment: ImageAugmentSection = ImageAugmentSection()
     mix: MixSection = MixSection()

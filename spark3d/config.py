@@ -33,6 +33,8 @@ __all__ = ["find_recipe", "read_yaml"]
 NEUTRAL = ("compute", "log", "probe")
 """Sections that never change results."""
 Probability = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class WindowSection(Section):
@@ -130,7 +132,7 @@ class OptimSection(Section):
 
     name: Literal["adamw", "lamb", "sgd"] = "adamw"
     lr: float = Field(default=1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     momentum: float = Field(default=0.99, ge=0, lt=1)
     weight_decay: float = Field(default=0.05, ge=0)
     weight_decay_end: float | None = None
@@ -142,7 +144,14 @@ class OptimSection(Section):
     batch: Auto | Annotated[int, Field(ge=1)] = "auto"
     clip: float = Field(default=5.0, gt=0)
     precision: Auto | Literal["32-true", "bf16-mixed"] = "32-true"
-    encoder_lr_ratio: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_ratio_of_one(cls, tree: Any) -> Any:
+        """Resolved recipes may say `encoder_lr_ratio: 1.0`, which changes nothing anywhere."""
+        if isinstance(tree, dict) and tree.get("encoder_lr_ratio") == 1:
+            return {key: value for key, value in tree.items() if key != "encoder_lr_ratio"}
+        return tree
 
 
 class FinetuneOptimSection(OptimSection):
@@ -156,6 +165,7 @@ class FinetuneOptimSection(OptimSection):
     which takes less memory; losses that normalise over the batch then do so over a share.
     """
 
+    encoder_lr_ratio: float = Field(default=1.0, gt=0)
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     freeze_steps: int = Field(default=0, ge=0)
     ema: float = Field(default=0.0, ge=0, lt=1)
@@ -195,7 +205,7 @@ class PretrainRecipe(Section):
     """One pre-training run."""
 
     dims: Literal[2, 3] = 3
-    seed: int = 0
+    seed: Seed = 0
     data: DataSection = DataSection()
     images: ImagesSection = ImagesSection()
     mask: MaskSection = MaskSection()
@@ -239,7 +249,7 @@ class SegmentModelSection(Section):
     """The network to fine-tune: the same backbone name and options as in pre-training.
 
     `balance` scales the stages of a pre-trained SegResNet to the spread of a fresh one, which keeps
-    its decoder from drowning (`models.balance`); `auto` does so for SegResNet alone.
+    its decoder from drowning (`models.balance`); `auto` does so for SegResNet without batch norms.
 
     `decoder: auto` is the network's own, or a U-Net of width `feature_size` around an encoder that
     has none; `flexible` is that of MONAI's FlexibleUNet. `batch_norm` says what becomes of the
@@ -261,7 +271,7 @@ class FinetuneRecipe(Section):
     """One fine-tuning run; `protocol` is filled in by `--protocol` alone."""
 
     dims: Literal[2, 3] = 3
-    seed: int = 0
+    seed: Seed = 0
     data: DataSection = DataSection(augment=SEGMENTATION_AUGMENT)
     split: SplitSection = SplitSection()
     model: SegmentModelSection = SegmentModelSection()

@@ -49,7 +49,7 @@ class LocalMIMSection(Section):
     floor: float = Field(default=0.0, ge=0)
     body: Literal["conv", "attention"] = "conv"
     width: int = Field(default=256, ge=1)
-    kernel: int = Field(default=7, ge=1)
+    kernel: int = Field(default=7, ge=3)
 
 
 class A2MIMSection(Section):

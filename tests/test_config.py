@@ -16,6 +16,8 @@ from spark3d.config import (
     load_recipe,
     read_yaml,
     resolve,
+    to_tree,
+    validate,
 )
 from spark3d.errors import ConfigError
 
@@ -32,6 +34,11 @@ ROOT = Path(__file__).resolve().parents[1]
         ("optim.lr=fast", "optim.lr='fast'"),
         ("mask.ratio=1.0", "mask.ratio=1.0"),
         ("optim.lr", "must read section.key=value"),
+        ("optim.betas=[0.9, 1.0]", "optim.betas"),
+        ("optim.betas=[-0.1, 0.9]", "optim.betas"),
+        ("seed=-1", "seed=-1"),
+        ("objective={name: localmim, kernel: 1}", "objective.kernel=1"),
+        ("optim.encoder_lr_ratio=0.3", "unknown key 'optim.encoder_lr_ratio'"),
         ("optim.lr={a: 1, a: 2}", "stands twice"),
         ("seed=!!python/object:os.system x", "not valid YAML"),
     ],
@@ -56,6 +63,19 @@ def test_a_resolved_recipe_reads_back_equal(lr: float, crop: object, steps: int)
     tree = {"optim.lr": lr, "data.crop": crop, "optim.steps": steps}
     recipe = resolve(PretrainRecipe(), tree)
     assert PretrainRecipe.model_validate(read_yaml(dump_yaml(recipe))) == recipe
+
+
+@pytest.mark.parametrize("kind", [PretrainRecipe, FinetuneRecipe, ClassifyRecipe])
+def test_a_rate_of_the_encoder_is_for_fine_tuning_and_in_older_resolved_recipes(kind: type) -> None:
+    tree = to_tree(kind())
+    tree["optim"]["encoder_lr_ratio"] = 1.0
+    assert validate(kind, tree) == kind()
+    tree["optim"]["encoder_lr_ratio"] = 0.3
+    if kind is FinetuneRecipe:
+        assert validate(kind, tree).optim.encoder_lr_ratio == 0.3
+    else:
+        with pytest.raises(ConfigError, match=r"unknown key 'optim\.encoder_lr_ratio'"):
+            validate(kind, tree)
 
 
 def test_scientific_notation_is_a_number_as_yaml_1_2_says() -> None:

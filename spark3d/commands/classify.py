@@ -177,6 +177,7 @@ def run_classification(
                 total.note()
             bar.advance(f"loss {result.loss:.4f}")
             if stop and not last:
+                fabric.barrier()  # no rank leaves while the first still writes
                 raise Interrupted(f"stopped after step {step}; the same command goes on from there")
 
     if done == optim.steps:  # killed between the last checkpoint and the end

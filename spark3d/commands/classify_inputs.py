@@ -27,6 +27,7 @@ from spark3d.data.stream import Sample, batches
 from spark3d.errors import ConfigError
 from spark3d.weights.classifiers import ClassifierCard
 from spark3d.weights.exchange import load_encoder
+from spark3d.weights.options import merged_options
 from spark3d.weights.passport import Passport
 
 BATCH = 64
@@ -164,10 +165,11 @@ def classify_inputs(
 def plan_from_encoder(
     recipe: ClassifyRecipe, passport: Passport | None
 ) -> tuple[ClassifyRecipe, list[str]]:
-    """Take network and options from the passport where the recipe says `auto`.
+    """Take the network from the passport where the recipe says `auto`, and its options.
 
     Raises:
-        ConfigError: weights of another network, of volumes, or of images without colours.
+        ConfigError: weights of another network, of one with other options, of volumes, or of images
+            without colours.
     """
     model = recipe.model
     if passport is None:
@@ -184,9 +186,13 @@ def plan_from_encoder(
             f"the encoder is {passport.backbone}, the recipe model.backbone={model.backbone}; "
             "leave model.backbone out, or give an encoder of that network"
         )
-    if model.backbone != "auto":
-        return recipe, []
-    options = {k: v for k, v in passport.options.items() if k != "drop_path_rate"}
-    changes = {"model.backbone": passport.backbone, "model.options": {**options, **model.options}}
+    options = merged_options(passport, model.options)
+    if "drop_path_rate" not in model.options:  # a rate for pre-training is none for fine-tuning
+        options.pop("drop_path_rate", None)
+    changes: dict[str, Any] = {}
+    if model.backbone == "auto":
+        changes["model.backbone"] = passport.backbone
+    if options != model.options:
+        changes["model.options"] = options
     notes = [f"{key}={value}: as the encoder was pre-trained" for key, value in changes.items()]
     return resolve(recipe, changes), notes

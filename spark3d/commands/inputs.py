@@ -205,7 +205,12 @@ def check_early(recipe: PretrainRecipe) -> None:
     unit = crop_unit(recipe)
     crop, key = recipe.data.crop, "data.crop"
     if recipe.dims == 2:
-        crop, key = recipe.images.crop, "images.crop"
+        asked, crop, key = crop, recipe.images.crop, "images.crop"
+        if asked != "auto" and build.sizes(asked, 2, "data.crop") != build.sizes(crop, 2, key):
+            raise ConfigError(
+                f"data.crop={asked} is for volumes, images are cut to images.crop={crop}; leave "
+                "data.crop out, or set images.crop"
+            )
     if crop != "auto":
         size = build.sizes(crop, recipe.dims, key)
         size = padded_size(size, unit) if recipe.mask.pad else size

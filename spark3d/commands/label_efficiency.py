@@ -222,6 +222,7 @@ def open_study(
         out, store.folder, volumes, file,
         hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest(),
         tuple(r.id for r in parts.validation),
+        {r.id: store.voxel_hash(r.id) for r in (*parts.train, *parts.validation)},
         {k: name for k, name in names.items() if not scored or k in scored},
         tolerance_mm, resolved.window_overlap,
         build.window(fixed(resolved.data.window)).has_air, allow_overlap, threads,

@@ -18,6 +18,7 @@ from spark3d.build import load_segmenter
 from spark3d.commands.evaluate import score_pairs
 from spark3d.commands.evaluate_pairs import find_pairs
 from spark3d.commands.finetune import finetune_command
+from spark3d.commands.inputs import one_hash
 from spark3d.commands.predict import PredictSettings, predict_command, window_plan
 from spark3d.commands.runs import read_run_record
 from spark3d.data.files import write_atomic
@@ -84,6 +85,7 @@ class Study:
         recipe: file of the resolved recipe.
         digest: of its keys that change results.
         validation: ids of the scored cases.
+        voxels: hash of what is stored of every training and validation case, by id.
         labels: name of every class that is scored.
         tolerance_mm: of the surface Dice.
         overlap: of windows, in prediction.
@@ -98,6 +100,7 @@ class Study:
     recipe: Path
     digest: str
     validation: tuple[str, ...]
+    voxels: dict[str, str]
     labels: dict[int, str]
     tolerance_mm: float
     overlap: float
@@ -118,6 +121,7 @@ class Study:
             "seed": job.seed,
             "train": list(job.train),
             "validation": list(self.validation),
+            "data": one_hash([self.voxels[case] for case in (*job.train, *self.validation)]),
             "grid": "store" if self.volumes is None else "original",
             "tolerance_mm": self.tolerance_mm,
             "skip_empty": self.skip_empty,
@@ -134,11 +138,12 @@ class Study:
             return False
         try:
             known = json.loads(result.read_text("utf-8"))["identity"]
-            before = {"lr": None, "skip_empty": False, **known}
-            before = {key: before[key] for key in self.identity(job)}
+            mine = self.identity(job)
+            before = {"lr": None, "skip_empty": False, "data": mine["data"], **known}
+            before = {key: before[key] for key in mine}
         except (ValueError, KeyError, TypeError):
             raise ConfigError(f"{result} cannot be read; remove {result.parent}") from None
-        different = [key for key, value in self.identity(job).items() if before[key] != value]
+        different = [key for key, value in mine.items() if before[key] != value]
         if different:
             raise ConfigError(
                 f"{result.parent} is a job with another {', '.join(different)}; choose a new "

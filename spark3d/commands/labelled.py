@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spark3d import build
 from spark3d.commands.command_line import without_paths
-from spark3d.commands.inputs import stream
+from spark3d.commands.inputs import one_hash, stream
 from spark3d.commands.splitting import check_overlap, split_cases
 from spark3d.commands.stores import (
     check_crop,
@@ -34,6 +34,7 @@ from spark3d.data.store import Store
 from spark3d.data.stream import Sample
 from spark3d.errors import ConfigError, DataError
 from spark3d.weights.exchange import encoder_file, load_encoder
+from spark3d.weights.options import merged_options
 from spark3d.weights.passport import Passport
 from spark3d.weights.segmenters import ModelCard
 
@@ -91,6 +92,7 @@ class FinetuneInputs:
             "encoder": self.weights[1].sha256 if self.weights else None,
             "train": list(self.train),
             "validation": list(self.validation),
+            "data": one_hash([self.store.voxel_hash(c) for c in (*self.train, *self.validation)]),
             **({"overlap": self.overlap} if self.overlap else {}),
         }
 
@@ -229,7 +231,13 @@ def check_channels(recipe: FinetuneRecipe, records: Sequence[CaseRecord]) -> Non
 def plan_from_encoder(
     recipe: FinetuneRecipe, passport: Passport | None
 ) -> tuple[FinetuneRecipe, list[str]]:
-    """Take backbone, spacing and window from the passport where the recipe says `auto`."""
+    """Take backbone, spacing and window from the passport where the recipe says `auto`.
+
+    Options of the network are the passport's, and those of the recipe beside them.
+
+    Raises:
+        ConfigError: weights of another network, or of one with other options.
+    """
     if passport is None:
         if recipe.model.backbone == "auto":
             return resolve(recipe, {"model.backbone": "monai/segresnet"}), []
@@ -245,9 +253,11 @@ def plan_from_encoder(
             f"the encoder was pre-trained in {passport.ndim}D, fine-tuning is in {recipe.dims}D; "
             f"give an encoder that was pre-trained with dims={recipe.dims}"
         )
+    options = merged_options(passport, recipe.model.options)
     if recipe.model.backbone == "auto":
         changes["model.backbone"] = passport.backbone
-        changes["model.options"] = dict(passport.options)
+    if options != recipe.model.options:
+        changes["model.options"] = options
     if recipe.data.spacing_mm == "auto" and passport.spacing_mm:
         changes["data.spacing_mm"] = passport.spacing_mm
     if recipe.data.window == "auto" and "mode" in passport.intensity:

@@ -71,7 +71,7 @@ def pretrain_command(
         The encoder weights, `out/encoder.safetensors`.
     """
     asked = build.settled(asked_recipe(recipe, overrides, dims))
-    start = read_start(init, asked)
+    start, asked = read_start(init, asked)
     fabric = build.fabric(asked.compute, asked.optim.precision)
     set_up_logging(fabric.global_rank)
     build.warn_of_slow_precision(fabric, asked.optim.precision)
@@ -198,6 +198,7 @@ def run_pretraining(
                 total.note()
             bar.advance(f"loss {result.loss:.4f}")
             if stop and not last:
+                fabric.barrier()  # no rank leaves while the first still writes
                 raise Interrupted(f"stopped after step {step}; the same command goes on from there")
 
     target = out / "encoder.safetensors"

@@ -177,6 +177,7 @@ def _same_kind(out: Path, kind: str) -> None:
 
 def _same_run(out: Path, recipe: Section, inputs: dict[str, Any]) -> None:
     known = read_run_record(out)["inputs"]
+    known = {"data": inputs.get("data"), **known}  # a run without it cannot be told apart by it
     try:
         old = load_recipe(type(recipe), out / "recipe.yaml")
     except (OSError, ConfigError) as error:

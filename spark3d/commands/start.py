@@ -7,10 +7,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from spark3d.config import PretrainRecipe
+from spark3d.config import PretrainRecipe, resolve
 from spark3d.errors import ConfigError
 from spark3d.objectives.base import Objective
 from spark3d.weights.exchange import load_encoder, load_into, load_objective
+from spark3d.weights.options import merged_options
 from spark3d.weights.passport import Passport
 
 
@@ -61,21 +62,23 @@ class Start:
         )
 
 
-def read_start(init: Path | None, recipe: PretrainRecipe) -> Start | None:
-    """The weights to go on from; None for random ones.
+def read_start(init: Path | None, recipe: PretrainRecipe) -> tuple[Start | None, PretrainRecipe]:
+    """The weights to go on from, None for random ones, and the recipe with their network's options.
 
     Raises:
         ConfigError: They are of another network than the recipe's.
         DataError: Files missing or damaged.
     """
     if init is None:
-        return None
+        return None, recipe
     state, passport = load_encoder(init)
     model = recipe.model
     if (passport.backbone, passport.ndim) != (model.backbone, recipe.dims):
         raise ConfigError(
             f"--init {init} is {passport.backbone} in {passport.ndim}D, the recipe "
             f"model.backbone={model.backbone} in {recipe.dims}D; set model.backbone="
-            f"{passport.backbone}, dims={passport.ndim} and the options of its passport"
+            f"{passport.backbone}, dims={passport.ndim}"
         )
-    return Start(state, passport, load_objective(init, passport))
+    options = merged_options(passport, model.options)
+    start = Start(state, passport, load_objective(init, passport))
+    return start, resolve(recipe, {"model.options": options})

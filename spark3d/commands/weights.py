@@ -90,6 +90,8 @@ def export_command(weights: Path, to: str, out: Path) -> Path:
         raise ConfigError(f"--to {to} is unknown; choose timm")
     if out.suffix != ".safetensors" or out == encoder_file(weights):
         raise ConfigError(f"--out {out} must be a new .safetensors file, e.g. resnet50.safetensors")
+    if out.exists():
+        raise ConfigError(f"--out {out} exists; choose a new file")
     state, passport = load_encoder(weights)
     arguments, report, equality = export_timm(state, passport, out)
     console = Console(soft_wrap=True, highlight=False)

@@ -17,7 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spark3d.data.chunks import ChunkedFile, Frame
-from spark3d.data.record import FORMAT, SUFFIXES, CaseRecord, case_path, read_head, unsealed
+from spark3d.data.record import (
+    FORMAT,
+    SUFFIXES,
+    CaseRecord,
+    case_path,
+    read_head,
+    seal_of,
+    unsealed,
+)
 from spark3d.data.writer import PreparedCase, StoreWriter, write_case
 from spark3d.errors import DataError
 
@@ -161,15 +169,30 @@ class Store:
             self.read_label(case_id)
         _ = record.body
 
+    def voxel_hash(self, case_id: str) -> str:
+        """Hash of a case's stored intensities and labels, under its id.
+
+        It is the same however often the case is prepared, from whatever copy of the same files.
+
+        Raises:
+            DataError: unknown case, or its record was altered.
+        """
+        record, frames = self.record(case_id), self._record_file(case_id)["files"]
+        kept = {part: [f["shape"], f["dtype"], f["chunk_hashes"]] for part, f in frames.items()}
+        return seal_of({"id": case_id, "scale": record.scale, "shift": record.shift, **kept})
+
     def _open_file(self, case_id: str, part: str) -> ChunkedFile:
+        frame = Frame.from_json(self._record_file(case_id)["files"][part])
+        return ChunkedFile(case_path(self.folder, case_id, SUFFIXES[part]), frame, case_id)
+
+    def _record_file(self, case_id: str) -> dict[str, Any]:
         data = unsealed(case_path(self.folder, case_id, ".json"), f"the record of case {case_id}")
         if data["seal"] != self.seals[case_id]:
             raise DataError(
                 f"E-STORE-DAMAGED: case {case_id}: its record is not the one in the index; run "
                 "prepare again"
             )
-        frame = Frame.from_json(data["files"][part])
-        return ChunkedFile(case_path(self.folder, case_id, SUFFIXES[part]), frame, case_id)
+        return data
 
 
 def _box(

@@ -1,11 +1,14 @@
 """A running average of the weights, which is often better than the last ones (timm's EMA)."""
 
+import torch
 from timm.utils.model_ema import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 
 class Average:
     """The exponential moving average of a network's parameters and buffers.
+
+    Tensors that a network has under several names count once.
 
     Args:
         network: Whose weights are averaged, from its present ones on.
@@ -25,4 +28,16 @@ class Average:
 
     def update(self, network: nn.Module, step: int) -> None:
         """Take in the weights after `step` (from 1): a function of the step alone."""
-        self._ema.update(network, step + 1 if self._warmup else None)
+        decay = self._ema.get_decay(step + 1 if self._warmup else None)
+        with torch.no_grad():
+            for old, new in zip(_tensors(self.network), _tensors(network), strict=True):
+                if old.is_floating_point():
+                    old.lerp_(new, 1.0 - decay)
+                else:
+                    old.copy_(new)
+
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    """What the state dict holds, each tensor once."""
+    state = network.state_dict(keep_vars=True)
+    return list({id(value): value for value in state.values()}.values())

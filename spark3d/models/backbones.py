@@ -106,6 +106,11 @@ def build_backbone(
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name} does not take these options in {ndim}D: {error}") from error
+    except (AssertionError, LookupError) as error:
+        raise ConfigError(
+            f"{name} does not take these options in {ndim}D ({type(error).__name__}: {error}); "
+            "check their values and the lengths of lists"
+        ) from error
     chosen = tuple(stages) if stages is not None else usual
     found = probe(network, chosen, ndim, in_channels)
     _check_strides(name, chosen, found.strides)

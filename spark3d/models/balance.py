@@ -25,20 +25,24 @@ from spark3d.errors import ConfigError
 
 
 def can_balance(network: nn.Module) -> bool:
-    """Whether a rule is known for this network."""
-    return isinstance(network, SegResNet)
+    """Whether a rule is known for this network: a SegResNet whose norms keep no statistics.
+
+    Running statistics are of the scales before, and at inference a norm would not undo the factor.
+    """
+    kept = any(name.endswith("running_mean") for name, _ in network.named_buffers())
+    return isinstance(network, SegResNet) and not kept
 
 
 def stage_spreads(network: nn.Module, crops: Float[Tensor, "b c *size"]) -> tuple[float, ...]:
     """Standard deviation of every stage's output over a batch of whole crops, fine to coarse.
 
     Raises:
-        ConfigError: No rule is known for this network.
+        ConfigError: No rule is known for this network, see `can_balance`.
     """
-    if not isinstance(network, SegResNet):
+    if not (isinstance(network, SegResNet) and can_balance(network)):
         raise ConfigError(
-            f"stages of {type(network).__name__} cannot be balanced, only those of SegResNet; "
-            "set model.balance=false"
+            f"stages of this {type(network).__name__} cannot be balanced, only those of SegResNet "
+            "without running statistics (batch norm); set model.balance=false"
         )
     training = network.training
     network.eval()

@@ -45,16 +45,17 @@ class LocalMIM(Objective):
         encoder: The masked encoder.
         cell_size: Voxels per axis of the cells that masks will have.
         in_channels: Channels of the crops.
-        taps: Stages to tap (names of the encoder's); by default, at most four of those with a
-            stride of 4 or more along every axis, or the last four for voxels.
+        taps: Stages to tap (names of the encoder's), the deepest among them; by default, at most
+            four of those with a stride of 4 or more along every axis, or the last four for voxels.
         target: "hog" or "voxels" (normalised within each cell of the tap's stride).
         width: Channels of the decoders; half of it at the finest of several taps.
-        kernel: Of their depthwise convolutions.
+        kernel: Of their depthwise convolutions, odd and 3 or more.
         hog_settings: How histograms are made.
         body: Of the decoders, see `TapDecoder`.
 
     Raises:
-        ConfigError: No such stage or target; a HOG tap finer than 4 voxels.
+        ConfigError: No such stage or target; a HOG tap finer than 4 voxels; the deepest stage, and
+            so what leads to it, has no tap.
     """
 
     def __init__(
@@ -203,5 +204,10 @@ def _choose(
         raise ConfigError(
             f"taps {fine} are finer than {FINEST_HOG} voxels, where histograms mean nothing; tap "
             f"{[names[i] for i in coarse]} or use target=voxels"
+        )
+    if names[chosen[-1]] != names[-1]:
+        raise ConfigError(
+            f"taps {[names[i] for i in chosen]} leave out the deepest stage {names[-1]}, so that "
+            f"what is after {names[chosen[-1]]} would not be trained: add {names[-1]}"
         )
     return tuple(chosen)

@@ -130,8 +130,9 @@ def load_into(
 ) -> LoadReport:
     """Load encoder weights into a backbone's network or a segmentation network around it.
 
-    If only the number of input channels differs, the first convolution is adapted to it
-    (`adapt_channels`). The network's encoder is everything under the same top-level names as the
+    If only the number of input channels differs, the convolutions that read the input are adapted
+    to it (`adapt_channels`): the first one, and those that have as many inputs in both, such as a
+    shortcut beside it. The network's encoder is everything under the same top-level names as the
     weights; where it has more than the weights bring, that counts as missing.
 
     Args:
@@ -157,9 +158,11 @@ def load_into(
     for key, value in state.items():
         if key in own and own[key].shape == value.shape:
             fitted[key] = value
-        elif key == stem and (adapted := adapt_channels(value, own[key].shape)) is not None:
-            fitted[key] = adapted
-            reshaped = (key,)
+        elif all(_inputs(t, key) == _inputs(t, stem) is not None for t in (own, state)):
+            adapted = adapt_channels(value, own[key].shape)
+            if adapted is not None:
+                fitted[key] = adapted
+                reshaped = (*reshaped, key)
     unused = tuple(key for key in state if key not in fitted)
     parts = {key.split(".")[0] for key in state}
     shared = {own[key].data_ptr() for key in fitted}  # tensors may have several names
@@ -182,6 +185,11 @@ def load_into(
     matched = tuple(key for key in fitted if key not in reshaped)
     untouched = _untouched(network, target, fitted)
     return LoadReport(matched, reshaped, missing, unused, untouched, coverage)
+
+
+def _inputs(tensors: Mapping[str, Tensor], key: str) -> int | None:
+    """Channels that a convolution reads, None for what is none."""
+    return tensors[key].shape[1] if key in tensors and tensors[key].ndim >= 3 else None
 
 
 def _coverage(fitted: Mapping[str, Tensor], lost: list[Tensor]) -> float:

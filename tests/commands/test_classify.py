@@ -15,8 +15,10 @@ from conftest import succeeds
 from PIL import Image
 from processes import curve, end, ranks, start, wait_for_step
 from safetensors.torch import load_file
+from test_resume import checkpoint_steps, stopped
 
 from spark3d.build_images import load_classifier
+from spark3d.commands import classify as classify_module
 from spark3d.commands.classify import Classified, classify_command
 from spark3d.commands.pretrain import pretrain_command
 from spark3d.commands.report import report_command
@@ -140,6 +142,16 @@ def test_a_killed_run_ends_like_the_uninterrupted_one(
     assert kinds[0] == kinds[1]
     for file in ("model.safetensors", "scores.json"):
         assert (run / file).read_bytes() == (before / file).read_bytes()
+
+
+def test_a_stop_is_obeyed_within_the_step(
+    photos: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> None:
+        classify_command(photos, tmp_path, encoder, *arguments())
+
+    stopped(monkeypatch, classify_module, 3, run)
+    assert checkpoint_steps(tmp_path)[-1] == 3
 
 
 def test_a_finished_run_is_left_alone_and_a_lost_model_written_again(

@@ -207,11 +207,17 @@ def test_mistakes_are_told_before_anything_is_written(
     assert not out.exists()
 
 
-def test_another_study_does_not_mix_in(finished: Path, store: Path, pretrained: Path) -> None:
+def test_another_study_does_not_mix_in(
+    finished: Path, store: Path, pretrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match=r"another study: optim\.lr"):
         study(store, finished, pretrained, labels=[1], overrides=(*TINY, "optim.lr=0.1"))
     with pytest.raises(ConfigError, match="job with another tolerance_mm"):
         study(store, finished, pretrained, labels=[1], tolerance_mm=3.0)
+    with monkeypatch.context() as corrected:
+        corrected.setattr("spark3d.data.store.Store.voxel_hash", lambda *_: "corrected")
+        with pytest.raises(ConfigError, match="job with another data; choose a new folder"):
+            study(store, finished, pretrained, labels=[1])
 
 
 def test_the_tolerance_is_that_of_the_recipe_unless_given(
@@ -276,12 +282,12 @@ def test_results_scored_with_windows_of_air_are_not_mixed_in(
     assert without_times((out / "results.jsonl").read_text()) == without_times(usual)
 
 
-def test_results_from_before_there_were_such_rates_still_count(
+def test_results_without_rates_and_hashes_of_the_data_still_count(
     finished: Path, store: Path, pretrained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for file in finished.glob("jobs/*/result.json"):
         line = json.loads(file.read_text())
-        del line["identity"]["lr"]
+        del line["identity"]["lr"], line["identity"]["data"]
         file.write_text(json.dumps(line))
     monkeypatch.setattr("spark3d.commands.label_efficiency.run_job", lambda *_: 1 / 0)
     assert study(store, finished, pretrained, labels=[1]).done == 4

@@ -41,6 +41,7 @@ SIX = ["mask.cell_size=6", "data.crop=24"]
         ),
         (["objective.name=a2mim"], "is not for this objective; leave it out"),
         (["model.options.stages=[layer1]"], "no stages named ['layer1']; sub-modules are act_mod"),
+        (["objective.stop_stride=0"], "objective.stop_stride=0 needs one positive number"),
         (["objective.densify_norm=batch"], "'bn', 'ln', 'gn', 'in' or 'none'"),
         (SIX, "cannot be trained by this recipe"),
     ],

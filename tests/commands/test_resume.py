@@ -11,13 +11,16 @@ from types import ModuleType
 
 import pytest
 from conftest import FINETUNE, PRETRAIN
+from lightning_fabric import Fabric
 from processes import curve, end, start, wait_for_step
 
 from spark3d.commands import finetune as finetune_module
 from spark3d.commands import pretrain as pretrain_module
 from spark3d.commands.finetune import Finetuned, finetune_command
 from spark3d.commands.pretrain import pretrain_command
-from spark3d.errors import Interrupted
+from spark3d.data.store import Store
+from spark3d.engine.checkpoint import Checkpoints
+from spark3d.errors import ConfigError, Interrupted
 
 LOADING = ("compute.workers=0", "compute.workers=2")
 
@@ -25,9 +28,16 @@ LOADING = ("compute.workers=0", "compute.workers=2")
 def stopped(
     monkeypatch: pytest.MonkeyPatch, module: ModuleType, step: int, call: Callable[[], object]
 ) -> None:
-    """Run `call` and send this process SIGTERM in the midst of a step of the loop in `module`."""
-    take = module.take_step
+    """Run `call` and send this process SIGTERM in the midst of a step of the loop in `module`.
+
+    The ranks meet between the last checkpoint and the end.
+    """
+    take, save, meet = module.take_step, Checkpoints.save_parts, Fabric.barrier
     taken = iter(range(1, 1000))
+    events: list[str] = []
+
+    def noted(name: str, action: Callable[..., object]) -> Callable[..., object]:
+        return lambda *given: (events.append(name), action(*given))[1]
 
     def stopping(*args: object) -> object:
         if next(taken) == step:
@@ -36,8 +46,11 @@ def stopped(
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "take_step", stopping)
+        patch.setattr(Checkpoints, "save_parts", noted("saved", save))
+        patch.setattr(Fabric, "barrier", noted("met", meet))
         with pytest.raises(Interrupted, match=f"after step {step}"):
             call()
+    assert events[-2:] == ["saved", "met"]
 
 
 def checkpoint_steps(run: Path) -> list[int]:
@@ -177,6 +190,27 @@ def repeated_pretraining(store: Path, run: Path, pretrained: Path) -> None:
 
 def repeated_finetuning(store: Path, run: Path, pretrained: Path) -> None:
     finetune_command(store, run, pretrained, None, FINETUNE)
+
+
+def test_corrected_data_are_another_run(
+    store: Path,
+    pretrained: Path,
+    finetuned: Path,
+    tmp_path: Path,
+    copied: Callable[[Path, Path], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As after preparing corrected labels into the same store; a run that noted none goes on."""
+    run = copied(finetuned, tmp_path / "run")
+    real = Store.voxel_hash
+    corrected = {"case0": "another"}
+    monkeypatch.setattr(Store, "voxel_hash", lambda s, case: corrected.get(case) or real(s, case))
+    with pytest.raises(ConfigError, match="is another run: data differ"):
+        repeated_finetuning(store, run, pretrained)
+    record = json.loads((run / "run.json").read_text())
+    del record["inputs"]["data"]
+    (run / "run.json").write_text(json.dumps(record))
+    repeated_finetuning(store, run, pretrained)
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,9 @@ def test_help_shows_an_example(name: str, capsys: pytest.CaptureFixture[str]) ->
     assert f"spark3d weights {name} " in " ".join(capsys.readouterr().out.split())
 
 
-def test_outputs_are_never_overwritten(imported: Path, pretrained: Path, fails: Fails) -> None:
+def test_outputs_are_never_overwritten(
+    imported: Path, pretrained: Path, tmp_path: Path, fails: Fails
+) -> None:
     told = fails(2, "weights", "channels", imported, "--to", "1", "--out", imported)
     assert "choose a new one" in told
     told = fails(2, "weights", "export", pretrained, "--to", "timm", "--out", "a.safetensors")
@@ -206,6 +208,11 @@ def test_outputs_are_never_overwritten(imported: Path, pretrained: Path, fails: 
     assert "must be a new .safetensors" in fails(
         2, "weights", "export", imported, "--to", "timm", "--out", imported
     )
+    mine = tmp_path / "mine.safetensors"
+    mine.write_bytes(b"mine")
+    words = ("weights", "export", imported, "--to", "timm", "--out", mine)
+    assert "mine.safetensors exists; choose a new file" in fails(2, *words)
+    assert mine.read_bytes() == b"mine"
 
 
 def test_init_of_another_network_names_what_to_set(

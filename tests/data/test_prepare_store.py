@@ -103,6 +103,25 @@ def test_only_what_changed_is_prepared_again(source, tmp_path):
     assert {"pt_1" in n or n == "index.json" for n in changed} == {True}
 
 
+def test_a_voxel_hash_sees_voxels_and_labels_and_not_the_copy_they_came_from(source, tmp_path):
+    def hashes(name):
+        prepare(find_cases(source), tmp_path / name, SPEC)
+        store = Store.open(tmp_path / name)
+        return {record.id: store.voxel_hash(record.id) for record in store.cases}
+
+    before = hashes("one")
+    assert len(set(before.values())) == 6
+    for file in source.glob("*Tr/*.nii.gz"):
+        os.utime(file)
+    assert hashes("copy") == before
+    corrected = label_like()
+    corrected[5:8] = np.where(corrected[5:8], 2, 0)
+    write_nifti(source / "labelsTr" / "pt_0.nii.gz", corrected)
+    write_nifti(source / "imagesTr" / "pt_1.nii.gz", ct_like(seed=77))
+    after = hashes("one")
+    assert {case for case in before if before[case] != after[case]} == {"pt_0", "pt_1"}
+
+
 def test_other_settings_are_refused(source, tmp_path):
     prepare(find_cases(source), tmp_path / "s", SPEC)
     with pytest.raises(ConfigError, match="spacing_mm"):

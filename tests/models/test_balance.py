@@ -38,6 +38,17 @@ def test_other_networks_are_refused() -> None:
         stage_spreads(nn.Conv2d(1, 1, 1), torch.zeros(1, 1, 4, 4))
 
 
+@pytest.mark.parametrize(("norm", "allowed"), [("batch", False), ("instance", True)])
+def test_running_statistics_forbid_it(norm: str, allowed: bool) -> None:
+    """In evaluation a batch norm divides by the scale of before, so the features would change."""
+    options = {"init_filters": 8, "blocks_down": (1, 1), "blocks_up": (1,), "norm": norm}
+    network = build_backbone("monai/segresnet", 2, 1, **options).network
+    assert can_balance(network) == allowed
+    if not allowed:
+        with pytest.raises(ConfigError, match=r"running statistics .*model\.balance=false"):
+            stage_spreads(network, torch.zeros(1, 1, 16, 16))
+
+
 def test_free_norms_are_restored_without_changing_the_stages() -> None:
     options = {"init_filters": 8, "blocks_down": (1, 2, 1), "blocks_up": (1, 1)}
     network = build_backbone("monai/segresnet", 3, 1, **options).network.double()

@@ -156,6 +156,8 @@ def test_taps_are_chosen_and_refused() -> None:
         ConfigError, match=r"\['layer9'\] are not stages; they are \['down_layers.0'"
     ):
         make_localmim(case, taps=["layer9"])
+    with pytest.raises(ConfigError, match=r"leave out the deepest stage down_layers.3, .*after do"):
+        make_localmim(case, taps=["down_layers.2"])
     with pytest.raises(ConfigError, match="use target=voxels"):
         make_localmim(CASES["dynunet 3d"], target="hog")
     with pytest.raises(ConfigError, match="hog, voxels"):

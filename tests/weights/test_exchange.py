@@ -210,6 +210,27 @@ def test_other_input_channels_are_adapted() -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("new", [1, 2, 5])
+def test_every_convolution_that_reads_the_input_is_adapted(new: int) -> None:
+    """A residual DynUNet has a shortcut beside its first convolution."""
+    options = {"filters": (4, 4, 8), "strides": (1, 2, 2), "res_block": True}
+    three = build_backbone("monai/dynunet", 2, 3, **options)
+    other = build_backbone("monai/dynunet", 2, new, **options)
+    state = {k: three.network.state_dict()[k] for k in three.encoder_keys}
+    report = load_into(other.network, state, 1.0)
+    assert report.reshaped == (
+        "input_block.conv1.conv.weight",
+        "input_block.conv3.conv.weight",
+    )
+    image = torch.randn(1, 1, 16, 16)
+    with torch.no_grad():
+        a, b = (
+            stage_outputs(net.network.eval(), net.stages, image.expand(-1, n, -1, -1))
+            for net, n in ((three, 3), (other, new))
+        )
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @given(old=st.integers(1, 5), new=st.integers(1, 5), ndim=st.integers(1, 3))
 def test_adapted_channels_keep_their_sum(old: int, new: int, ndim: int) -> None:
     """The response to channels that are all equal does not change."""
@@ -222,7 +243,7 @@ def test_adapted_channels_keep_their_sum(old: int, new: int, ndim: int) -> None:
 
 
 def test_inner_convolutions_are_never_adapted() -> None:
-    """Only the first convolution may differ in its inputs."""
+    """Only convolutions that read the input may differ in theirs."""
     backbone = segresnet()
     state = state_of(backbone)
     key = "down_layers.3.1.conv1.conv.weight"

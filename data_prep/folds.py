@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not groups:
         raise fault(
             "E-NO-LABEL", options.source, "no labelled training case", "labelled cases to divide",
-            "give a data set with labels, in the layout of the Decathlon, nnU-Net or BTCV",
+            "give a data set with labels: of the Decathlon, nnU-Net or BTCV, or img beside label",
         )  # fmt: skip
     parts = folds(groups, options.folds, options.seed)
     content = {

@@ -253,7 +253,8 @@ def predict(
         Literal["nifti", "dicom-seg"], typer.Option(help="dicom-seg: for DICOM series.")
     ] = "nifti",
     held_out: Annotated[
-        bool, typer.Option(help="Only the cases that the model's run kept for validation.")
+        bool,
+        typer.Option(help="Only what the run held out: its test part, else validation."),
     ] = False,
     modality: Annotated[
         Literal["auto", "CT", "MR"] | None,

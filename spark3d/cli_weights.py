@@ -30,7 +30,7 @@ def import_(
         int | None, typer.Option(help="Spatial axes; default 2 for timm, 3 for others.")
     ] = None,
     in_channels: Annotated[
-        int | None, typer.Option(help="Adapt the first convolution; default as in the file.")
+        int | None, typer.Option(help="Adapt what reads the input; default as in the file.")
     ] = None,
     options: Annotated[
         str, typer.Option(help="Options of the network as YAML, where sizes are not the usual.")
@@ -74,7 +74,7 @@ def inflate(
         typer.Option(help="Kernels: 1/k in each slice, the middle slice alone, or one slice."),
     ] = "mean",
     in_channels: Annotated[
-        int | None, typer.Option(help="Adapt the first convolution too, e.g. 1 for CT.")
+        int | None, typer.Option(help="Adapt what reads the input too, e.g. 1 for CT.")
     ] = None,
 ) -> None:
     """Grow a 2D encoder to 3D: a volume that is constant along its first axis keeps the features.

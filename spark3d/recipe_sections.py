@@ -117,7 +117,10 @@ class ProbeSection(Section):
 
 
 class ScoreSection(Section):
-    """What `predict` and `evaluate` take from a run: scored labels (none: all), NSD's tolerance."""
+    """What `predict` and `evaluate` take from a run: scored labels, NSD's tolerance.
+
+    Without `labels` those count that a named split scores, or all.
+    """
 
     labels: tuple[int, ...] = ()
     tolerance_mm: float = Field(default=2.0, gt=0)

@@ -12,6 +12,7 @@ from spark3d.cli import main
 from spark3d.commands.evaluate import evaluate_command
 from spark3d.commands.finetune import finetune_command
 from spark3d.commands.predict import predict_command
+from spark3d.commands.predict_cases import held_out_cases
 from spark3d.commands.report import report_command
 from spark3d.config import FinetuneRecipe, WindowSection, find_recipe, load_recipe
 from spark3d.data.io import write_volume
@@ -221,6 +222,8 @@ def test_a_smoke_run_goes_from_the_archive_to_the_report_and_says_so(
     assert recipe.protocol.smoke
     assert recipe.optim.steps == 4
     assert tuple(record["inputs"]["train"]) == named_split("btcv-synapse-18-12").train
+
+    assert held_out_cases(run) == named_split("btcv-synapse-18-12").test
 
     few = tmp_path / "few"
     (few / "Training").mkdir(parents=True)

@@ -75,7 +75,7 @@ def find_pairs(
     """Pair label maps by case id.
 
     Of a dataset, only the sections that have predictions count, such as its validation cases; of
-    predictions with `--held-out`, only the cases that the model's run kept for validation.
+    predictions with `--held-out`, only the cases that the model's run held out.
     Headers are trusted as `geometry` says, or as the prediction did.
 
     Raises:

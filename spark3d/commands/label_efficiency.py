@@ -27,7 +27,7 @@ from spark3d.commands.label_tables import write_tables
 from spark3d.commands.labelled import (
     label_names,
     plan_finetuning,
-    with_scored,
+    scored_labels,
 )
 from spark3d.commands.prepare import prepare_command
 from spark3d.commands.report import report_command
@@ -40,6 +40,7 @@ from spark3d.config import (
     load_recipe,
     to_tree,
 )
+from spark3d.data.crops import needs_padding
 from spark3d.data.files import write_atomic
 from spark3d.data.splits import few_labels
 from spark3d.data.store import Store
@@ -203,7 +204,7 @@ def open_study(
     unit = build.backbone(model.backbone, base.dims, model.in_channels, model.options).stride
     resolved, _ = plan_finetuning(base, store, parts.train, unit, 1)
     names = label_names(store, [r for r in store.cases if r.has_label])
-    resolved = with_scored(resolved, parts.scored, names)
+    scored = scored_labels(resolved, parts.scored, names)
     file = out / "recipe.yaml"
     if file.is_file():
         if different := changed_keys(load_recipe(FinetuneRecipe, file), resolved):
@@ -215,17 +216,19 @@ def open_study(
         raise ConfigError(f"--out {out} holds something else ({others[0]}); choose a new folder")
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(file, dump_yaml(resolved).encode())
-    scored = resolved.score.labels
     kept = {k: v for k, v in to_tree(resolved).items() if k not in ("compute", "log")}
     threads = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
+    has_air = build.window(fixed(resolved.data.window)).has_air
+    crop = build.sizes(fixed(resolved.data.crop), resolved.dims, "data.crop")
+    small = any(needs_padding(r.size[: resolved.dims], crop) for r in parts.validation)
     return Study(
         out, store.folder, volumes, file,
         hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest(),
         tuple(r.id for r in parts.validation),
         {r.id: store.voxel_hash(r.id) for r in (*parts.train, *parts.validation)},
-        {k: name for k, name in names.items() if not scored or k in scored},
+        scored,
         tolerance_mm, resolved.window_overlap,
-        build.window(fixed(resolved.data.window)).has_air, allow_overlap, threads,
+        has_air, small and not has_air, allow_overlap, threads,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from spark3d.commands.evaluate_pairs import find_pairs
 from spark3d.commands.finetune import finetune_command
 from spark3d.commands.inputs import one_hash
 from spark3d.commands.predict import PredictSettings, predict_command, window_plan
+from spark3d.commands.predict_ledger import OtherPrediction
 from spark3d.commands.runs import read_run_record
 from spark3d.data.files import write_atomic
 from spark3d.data.store import Store
@@ -37,7 +38,7 @@ from spark3d.evaluation.windows import predict_labels
 
 RESULT = "result.json"
 PREDICTIONS = "predictions"
-SCORING = frozenset({"grid", "tolerance_mm", "skip_empty"})
+SCORING = frozenset({"grid", "tolerance_mm", "skip_empty", "padding"})
 """What of a job's identity concerns the scores of its model, not the model."""
 
 
@@ -90,6 +91,7 @@ class Study:
         tolerance_mm: of the surface Dice.
         overlap: of windows, in prediction.
         skip_empty: whether prediction leaves out windows of air.
+        padded: whether a scored case is smaller than a window, and what is around it not 0.
         allow_overlap: as in fine-tuning.
         threads: of every job; None leaves them alone.
     """
@@ -105,6 +107,7 @@ class Study:
     tolerance_mm: float
     overlap: float
     skip_empty: bool
+    padded: bool
     allow_overlap: bool
     threads: int | None = None
 
@@ -125,6 +128,7 @@ class Study:
             "grid": "store" if self.volumes is None else "original",
             "tolerance_mm": self.tolerance_mm,
             "skip_empty": self.skip_empty,
+            "padding": "darkest" if self.padded else "none",
         }
 
     def is_done(self, job: Job) -> bool:
@@ -139,15 +143,19 @@ class Study:
         try:
             known = json.loads(result.read_text("utf-8"))["identity"]
             mine = self.identity(job)
-            before = {"lr": None, "skip_empty": False, "data": mine["data"], **known}
+            padding = "zero" if self.padded else "none"
+            before = {
+                "lr": None, "skip_empty": False, "padding": padding, "data": mine["data"], **known,
+            }  # fmt: skip
             before = {key: before[key] for key in mine}
         except (ValueError, KeyError, TypeError):
             raise ConfigError(f"{result} cannot be read; remove {result.parent}") from None
         different = [key for key, value in mine.items() if before[key] != value]
         if different:
+            names = ["state of its voxels or labels" if k == "data" else k for k in different]
             raise ConfigError(
-                f"{result.parent} is a job with another {', '.join(different)}; choose a new "
-                f"folder for --out, {_way_on(different)}"
+                f"{result.parent} is a job with another {', '.join(names)}; choose a new folder "
+                f"for --out, {_way_on(different)}"
             )
         return True
 
@@ -210,11 +218,19 @@ def score_on_files(study: Study, run: Path, folder: Path) -> tuple[CaseScores, .
     """Predict the validation cases from their files and score them on their own grids."""
     assert study.volumes is not None
     prepared = Store.open(study.store).settings
-    found = predict_command(
-        run, study.volumes, folder / PREDICTIONS, study.overlap,
-        skip_empty=study.skip_empty, only=study.validation, geometry=prepared["geometry"],
-        nan_fill=prepared["nan_fill"],
-    )  # fmt: skip
+
+    def predict() -> Path:
+        return predict_command(
+            run, study.volumes, folder / PREDICTIONS, study.overlap,
+            skip_empty=study.skip_empty, only=study.validation, geometry=prepared["geometry"],
+            nan_fill=prepared["nan_fill"],
+        )  # fmt: skip
+
+    try:
+        found = predict()
+    except OtherPrediction:  # what an earlier attempt left, with other settings
+        shutil.rmtree(folder / PREDICTIONS)
+        found = predict()
     pairs = find_pairs(found, study.volumes, None, partial=True)
     return score_pairs(pairs, study.tolerance_mm, show=False)
 

@@ -49,7 +49,9 @@ class FinetuneInputs:
         crops: the numbered stream of training crops.
         train: ids of the training cases.
         validation: ids of the validation cases.
+        test: ids of the labelled test cases, which are kept apart.
         labels: name of every foreground class.
+        scored: those of them that are scored.
         weights: encoder weights and their passport; None for a start from scratch.
         notes: what was chosen from the data, and why; for the screen.
         overlap: what the encoder has seen of each part, and which leaks were allowed.
@@ -60,7 +62,9 @@ class FinetuneInputs:
     crops: VolumeCrops
     train: tuple[str, ...]
     validation: tuple[str, ...]
+    test: tuple[str, ...]
     labels: dict[int, str]
+    scored: dict[int, str]
     weights: tuple[dict[str, Tensor], Passport] | None
     notes: tuple[str, ...]
     overlap: dict[str, Any]
@@ -69,12 +73,6 @@ class FinetuneInputs:
     def classes(self) -> int:
         """Channels of the output, background included."""
         return max(self.labels) + 1
-
-    @property
-    def scored(self) -> dict[int, str]:
-        """The labels that the recipe scores."""
-        chosen = self.recipe.score.labels
-        return {k: name for k, name in self.labels.items() if not chosen or k in chosen}
 
     @property
     def window(self) -> Window:
@@ -93,6 +91,7 @@ class FinetuneInputs:
             "train": list(self.train),
             "validation": list(self.validation),
             "data": one_hash([self.store.voxel_hash(c) for c in (*self.train, *self.validation)]),
+            **({"test": list(self.test)} if self.test else {}),
             **({"overlap": self.overlap} if self.overlap else {}),
         }
 
@@ -119,6 +118,9 @@ class FinetuneInputs:
         """What travels with the fine-tuned model."""
         data = self.recipe.data
         seen = self.weights[1] if self.weights else None
+        recipe = self.recipe
+        if self.scored != self.labels:
+            recipe = resolve(recipe, {"score.labels": list(self.scored)})
         return ModelCard(
             backbone=build.network_kind(self.recipe),
             out_channels=self.classes,
@@ -130,7 +132,7 @@ class FinetuneInputs:
             encoder=seen.sha256 if seen else "",
             pretrained_on=seen.content_hashes if seen else (),
             trained_on=tuple(self.store.record(case).content_hash for case in self.train),
-            recipe=to_tree(without_paths(self.recipe)),
+            recipe=to_tree(without_paths(recipe)),
             modality=_modality(self.store.record(case).modality for case in self.train),
         )
 
@@ -164,7 +166,8 @@ def finetune_inputs(
     check_channels(recipe, [*train, *validation])
     recipe, reasons = plan_finetuning(recipe, store, train, unit, fabric.world_size)
     labels = label_names(store, labelled)
-    recipe = with_scored(recipe, parts.scored, labels)
+    scored = scored_labels(recipe, parts.scored, labels)
+    check_swap(recipe, labels)
     crops = volume_crops(store, train, recipe, labelled=True)
     notes += [
         f"spacing {' x '.join(f'{s:g}' for s in store.spacing_mm)} mm: {why}",
@@ -173,8 +176,11 @@ def finetune_inputs(
         *([parts.note] if parts.note else []),
         f"{len(train)} training and {len(validation)} validation cases, labels {labels}",
     ]
-    ids = tuple(r.id for r in train), tuple(r.id for r in validation)
-    return FinetuneInputs(recipe, store, crops, *ids, labels, weights, tuple(notes), overlap)
+    test = [r for r in parts.test if r.has_label]
+    ids = [tuple(r.id for r in part) for part in (train, validation, test)]
+    return FinetuneInputs(
+        recipe, store, crops, *ids, labels, scored, weights, tuple(notes), overlap
+    )
 
 
 def plan_finetuning(
@@ -196,10 +202,10 @@ def plan_finetuning(
     return resolved, reasons
 
 
-def with_scored(
+def scored_labels(
     recipe: FinetuneRecipe, of_split: Sequence[int], labels: Mapping[int, str]
-) -> FinetuneRecipe:
-    """The recipe with the labels that are scored: its own, else those that its split names.
+) -> dict[int, str]:
+    """The labels that are scored: those of the recipe, else those that its split names, else all.
 
     Raises:
         ConfigError: labels that the data do not have.
@@ -211,7 +217,21 @@ def with_scored(
             f"score.labels={list(chosen)}: the data have no label {', '.join(map(str, strange))}; "
             f"choose from {known}"
         )
-    return resolve(recipe, {"score.labels": list(chosen)})
+    return {k: name for k, name in labels.items() if not chosen or k in chosen}
+
+
+def check_swap(recipe: FinetuneRecipe, labels: Mapping[int, str]) -> None:
+    """Refuse pairs of left and right that are no labels of the data.
+
+    Raises:
+        ConfigError: names the key to set.
+    """
+    pairs = recipe.data.augment.swap
+    if strange := sorted({label for pair in pairs for label in pair} - labels.keys()):
+        raise ConfigError(
+            f"data.augment.swap={[list(pair) for pair in pairs]}: the data have no label "
+            f"{', '.join(map(str, strange))}; set it to the pairs of these data, or to []"
+        )
 
 
 def check_channels(recipe: FinetuneRecipe, records: Sequence[CaseRecord]) -> None:

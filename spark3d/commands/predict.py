@@ -98,7 +98,7 @@ def predict_command(
         section: only the cases of one section of a dataset, such as "validation".
         only: only the cases of these ids, all of which must be there.
         console: where progress is drawn; stderr by default.
-        held_out: only the cases that the model's run kept for validation.
+        held_out: only the cases that the model's run held out, see `held_out_cases`.
         modality: as in `PredictSettings`; that of the training volumes if not given.
 
     The other arguments are those of `PredictSettings`.
@@ -126,7 +126,7 @@ def predict_command(
     warn_of_slow_bfloat16(place, amp, "leave out --amp")
     segmenter.network.to(place)
     kept = held_out_cases(model) if held_out else None
-    cases = cases_of(data, section, only if kept is None else kept, out)
+    cases = cases_of(data, section, only if kept is None else kept)
     check_format(cases, format)
     ledger = Ledger.open(out, segmenter, asdict(settings), kept)
     todo = [case for case in cases if not ledger.is_done(case)]
@@ -156,6 +156,7 @@ def predict_command(
                 )
                 ledger.add(image, read, content, how, time.perf_counter() - begun)
             except DataError as error:
+                ledger.discard(case.id)
                 failed[case.id] = str(error)
                 log.warning("left out %s", error)
             bar.remove_task(part)

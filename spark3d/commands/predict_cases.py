@@ -13,7 +13,9 @@ from spark3d.errors import ConfigError, DataError
 
 
 def held_out_cases(model: Path) -> tuple[str, ...]:
-    """Ids of the cases that the run of a model kept for validation.
+    """Ids of the cases that the run of a model held out, as far as they have labels.
+
+    They are those of its test part, or, where the split has none, those of validation.
 
     Args:
         model: run folder of a fine-tuning, or its `model.safetensors`.
@@ -27,14 +29,17 @@ def held_out_cases(model: Path) -> tuple[str, ...]:
             f"--held-out needs the run's record, and {run} has no run.json; give the run folder "
             "for --model, or choose cases with --section"
         )
-    ids = tuple(read_run_record(run)["inputs"].get("validation", ()))
+    inputs = read_run_record(run)["inputs"]
+    ids = tuple(inputs.get("test") or inputs.get("validation", ()))
     if not ids:
-        raise ConfigError(f"the run in {run} held no case out; leave out --held-out")
+        raise ConfigError(
+            f"the run in {run} held no labelled case out; give volumes that it has not seen"
+        )
     return ids
 
 
 def cases_of(
-    data: Path, section: str | None, only: Collection[str] | None = None, out: Path | None = None
+    data: Path, section: str | None, only: Collection[str] | None = None
 ) -> list[CaseSource]:
     """The volumes to segment, under names that may stand in files.
 
@@ -42,17 +47,12 @@ def cases_of(
         data: folder of volumes in any known layout, or one file.
         section: only the cases of this section of a dataset.
         only: only the cases of these ids.
-        out: what lies in this folder, such as label maps written before, is no volume.
 
     Raises:
         DataError: none, or no volume of an id in `only`.
     """
     one = data.is_file()
     cases = [CaseSource(id=stem(data), image=data)] if one else list(find(data).cases)
-    if out is not None and data.resolve() in out.resolve().parents:
-        cases = [c for c in cases if out.resolve() not in c.image.resolve().parents]
-        if not cases:
-            raise DataError(f"{shown(data)} holds nothing but --out; give the folder of volumes")
     if section is not None:
         known = sorted({c.section for c in cases})
         cases = [c for c in cases if c.section == section]

@@ -22,6 +22,10 @@ SUFFIX: Mapping[str, str] = MappingProxyType({"nifti": ".nii.gz", "dicom-seg": "
 """Of the files that hold label maps, by format."""
 
 
+class OtherPrediction(ConfigError):
+    """A folder holds label maps of another model, or made with other settings."""
+
+
 class Ledger:
     """`predict.json`: what made the label maps of a folder, and which of them are whole."""
 
@@ -42,8 +46,7 @@ class Ledger:
             folder: gets the label maps.
             segmenter: what makes them.
             settings: how.
-            held_out: the cases that the model's run kept for validation, where only these are
-                asked for.
+            held_out: the cases that the model's run held out, where only these are asked for.
 
         Raises:
             ConfigError: the folder holds something else.
@@ -112,6 +115,12 @@ class Ledger:
         }
         self._write()
 
+    def discard(self, case: str) -> None:
+        """Remove a label map that is not, or no longer, of the case's image."""
+        self.file(case).unlink(missing_ok=True)
+        if self.record["cases"].pop(case, None) is not None:
+            self._write()
+
     def _write(self) -> None:
         write_atomic(self.folder / FILE, (json.dumps(self.record, indent=1) + "\n").encode())
 
@@ -120,11 +129,12 @@ def _same_prediction(file: Path, record: dict[str, Any]) -> dict[str, Any]:
     try:
         old = json.loads(file.read_text(encoding="utf-8"))
         cases = dict(old["cases"])
+        old["settings"] = {"modality": "auto", **old["settings"]}  # as it was before it was noted
         different = [k for k in ("model_sha256", "settings", "labels") if old[k] != record[k]]
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{file} cannot be read; choose a new folder for --out") from None
     if different:
-        raise ConfigError(
+        raise OtherPrediction(
             f"--out {file.parent} holds predictions with other {', '.join(different)}; choose a "
             "new folder"
         )

@@ -177,7 +177,8 @@ def _same_kind(out: Path, kind: str) -> None:
 
 def _same_run(out: Path, recipe: Section, inputs: dict[str, Any]) -> None:
     known = read_run_record(out)["inputs"]
-    known = {"data": inputs.get("data"), **known}  # a run without it cannot be told apart by it
+    for key in ("data", "test"):  # runs of before, which do not have them, cannot be told apart
+        known.setdefault(key, inputs.get(key))
     try:
         old = load_recipe(type(recipe), out / "recipe.yaml")
     except (OSError, ConfigError) as error:
@@ -186,6 +187,11 @@ def _same_run(out: Path, recipe: Section, inputs: dict[str, Any]) -> None:
         ) from None
     different = changed_keys(without_paths(old), without_paths(recipe))
     different += [k for k in sorted(inputs.keys() | known.keys()) if inputs.get(k) != known.get(k)]
+    if different == ["data"]:
+        raise ConfigError(
+            f"--out {out} is a run on other data: stored voxels or labels of its cases changed "
+            "since; choose a new folder, or prepare them as they were"
+        )
     if different:
         raise ConfigError(
             f"--out {out} is another run: {', '.join(different[:6])} differ from its recipe.yaml; "

@@ -42,7 +42,7 @@ def import_command(
         backbone: the network it is of, such as `timm/resnet50`.
         out: new folder.
         dims: spatial axes; by default 2 for networks of timm, 3 for others.
-        in_channels: adapt the first convolution to so many.
+        in_channels: adapt the convolutions that read the input to so many.
         options: of the backbone, as YAML.
         entry: of the file, where it holds several sets of weights.
 

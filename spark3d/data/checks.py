@@ -116,7 +116,7 @@ def check_label_names(labels: Mapping[str, int], where: Path | str) -> None:
         )  # fmt: skip
 
 
-def check_cases(cases: Sequence, where: Path | str) -> None:
+def check_cases(cases: Sequence, where: Path | str, listed: bool = False) -> None:
     """Refuse an empty list, duplicate ids, absent files (all listed at once), label = image."""
     if not cases:
         raise fault(
@@ -138,7 +138,8 @@ def check_cases(cases: Sequence, where: Path | str) -> None:
             "E-LABEL-IS-IMAGE", where, f"the same path as image and label of {_few(same)}",
             "two files", "correct the list of cases",
         )  # fmt: skip
-    paths = [p for c in cases for p in (*c.images, *c.slices, *([c.label] if c.label else []))]
+    paths = [p for c in cases for p in (*c.images, *([c.label] if c.label else []))]
+    paths += [p for c in cases if listed for p in c.slices]
     if absent := [shown(p) for p in paths if not p.exists()]:
         raise fault(
             "E-MISSING-FILE", where, f"{len(absent)} listed files absent: {_few(absent)}",

@@ -221,22 +221,29 @@ def resized_crop_box(
 
 
 def _walk(root: Path) -> list[str]:
-    """Images under a folder; in linked folders too, each real one once, so that circles end."""
-    names, seen = [], {os.path.realpath(root)}
-    for folder, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
-        real = {
-            name: os.path.realpath(os.path.join(folder, name))
-            for name in sorted(folders)
-            if not name.startswith(".")
-        }
-        folders.clear()
-        for name, place in real.items():
-            if place not in seen:
+    """Images under a folder; in linked folders too, each real one once, so that circles end.
+
+    What lies in the tree itself goes first, so that a link takes nothing away from its place.
+    """
+    names: list[str] = []
+    seen: set[str] = set()
+    tops = [str(root)]
+    while tops:
+        links = []
+        for top in tops:
+            for folder, folders, files in os.walk(top, onerror=_refuse):
+                place = os.path.realpath(folder)
+                if place in seen:
+                    folders.clear()
+                    continue
                 seen.add(place)
-                folders.append(name)
-        for name in files:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                names.append((Path(folder) / name).relative_to(root).as_posix())
+                folders[:] = sorted(name for name in folders if not name.startswith("."))
+                paths = [os.path.join(folder, name) for name in folders]
+                links += [path for path in paths if os.path.islink(path)]
+                for name in files:
+                    if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                        names.append((Path(folder) / name).relative_to(root).as_posix())
+        tops = links
     return names
 
 

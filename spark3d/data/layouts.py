@@ -20,6 +20,8 @@ from spark3d.data.dataset_json import (
 from spark3d.data.io import SUFFIXES, Source, stem
 from spark3d.data.series import sort_series
 
+PREDICTED = "predict.json"
+"""Stands beside the label maps that `spark3d predict` has written."""
 BODIES = (".raw", ".zraw", ".raw.gz")
 """Voxels of detached headers, which name them."""
 KNOWN_SUFFIXES = (".txt", ".csv", ".json", ".xml", ".md", ".pdf", ".png", ".jpg", ".zip", ".dcm")
@@ -263,14 +265,16 @@ def _pairs(folder: Path, section: str) -> list[CaseSource]:
 def plain(root: Path, progress: Callable[[int, int], None] | None = None) -> FoundCases:
     """Any folder, searched recursively: volume files, and DICOM series, whose headers are read.
 
-    Files named as label maps are listed as passed over.
+    Files named as label maps, and those that `spark3d predict` has written, are listed as passed
+    over.
     """
     cases, passed_over = [], []
     files = _files(root, deep=True)
+    predicted = {path.parent for path in files if path.name == PREDICTED}
     for path in (path for path in files if path.name.endswith(SUFFIXES)):
         inner = path.relative_to(root)
-        named_label = any(LABEL_FOLDER.fullmatch(part) for part in inner.parts[:-1])
-        if named_label or LABEL_NAME.search(stem(path)):
+        in_folder = any(LABEL_FOLDER.fullmatch(part) for part in inner.parts[:-1])
+        if in_folder or path.parent in predicted or LABEL_NAME.search(stem(path)):
             passed_over.append(path)
         else:
             cases.append(CaseSource("__".join((*inner.parts[:-1], stem(path))), path))

@@ -68,7 +68,7 @@ def find(
             "E-NO-CASES", root, f"no volume but {len(found.passed_over)} files named as label maps",
             "at least one image", "rename or move them if they are images",
         )  # fmt: skip
-    check_cases(cases, root)
+    check_cases(cases, root, found.layout == "list")
     return replace(found, cases=cases, renamed=len(renamed))
 
 

@@ -172,7 +172,8 @@ class Store:
     def voxel_hash(self, case_id: str) -> str:
         """Hash of a case's stored intensities and labels, under its id.
 
-        It is the same however often the case is prepared, from whatever copy of the same files.
+        It is the same however often the case is prepared, from whatever copy of the same files, by
+        one version of the compressor and with chunks of one size.
 
         Raises:
             DataError: unknown case, or its record was altered.

@@ -29,12 +29,12 @@ class Average:
     def update(self, network: nn.Module, step: int) -> None:
         """Take in the weights after `step` (from 1): a function of the step alone."""
         decay = self._ema.get_decay(step + 1 if self._warmup else None)
-        with torch.no_grad():
-            for old, new in zip(_tensors(self.network), _tensors(network), strict=True):
-                if old.is_floating_point():
-                    old.lerp_(new, 1.0 - decay)
-                else:
-                    old.copy_(new)
+        old, new = _tensors(self.network), _tensors(network)
+        moving = [n for n, value in enumerate(old) if value.is_floating_point()]
+        with torch.no_grad():  # one call for all, as timm does
+            torch._foreach_lerp_([old[n] for n in moving], [new[n] for n in moving], 1.0 - decay)
+            for n in set(range(len(old))).difference(moving):
+                old[n].copy_(new[n])
 
 
 def _tensors(network: nn.Module) -> list[Tensor]:

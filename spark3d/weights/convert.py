@@ -87,7 +87,7 @@ def import_foreign(
         source: What to call it in messages and in the passport.
         name: Of the backbone, see `build_backbone`.
         ndim: Number of spatial axes.
-        in_channels: To adapt the first convolution to; by default those of the checkpoint.
+        in_channels: What reads the input is adapted to so many; by default those of the checkpoint.
         options: Of the backbone.
 
     Raises:

@@ -60,7 +60,10 @@ def _plain(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
 
 
-def _layers(passport: Passport, options: Mapping[str, Any]) -> str:
-    """Every layer of the passport's network with its settings, as torch prints them."""
+def _layers(passport: Passport, options: Mapping[str, Any]) -> tuple[object, ...]:
+    """Every layer of the passport's network with its settings, as torch prints them.
+
+    Strides and channels of the stages come along: a network may leave out a layer that it has.
+    """
     net = build_backbone(passport.backbone, passport.ndim, passport.in_channels, **options)
-    return str(net.network)
+    return str(net.network), net.strides, net.channels

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from spark3d.commands.label_efficiency import (
     parse_shard,
     plan_jobs,
 )
+from spark3d.commands.label_jobs import Job
+from spark3d.commands.label_jobs import Study as JobsOf
 from spark3d.commands.label_starts import read_starts
 from spark3d.commands.report import report_command
 from spark3d.commands.splitting import SplitCases
@@ -280,6 +283,38 @@ def test_results_scored_with_windows_of_air_are_not_mixed_in(
         return [{**json.loads(one), "seconds": None} for one in text.splitlines()]
 
     assert without_times((out / "results.jsonl").read_text()) == without_times(usual)
+
+
+def test_predictions_that_an_earlier_attempt_left_with_other_settings_are_made_again(
+    volumes: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    out, options = tmp_path / "study", {"labels": [1], "subsets": 1, "scratch": False}
+    study(volumes, out, pretrained, **options)
+    usual = lines(out)[0]["cases"]
+    folder = out / "jobs" / "pre-n1-s0"
+    (folder / "result.json").unlink()
+    ledger = folder / "predictions" / "predict.json"
+    record = json.loads(ledger.read_text())
+    record["settings"]["skip_empty"] = False
+    ledger.write_text(json.dumps(record))
+    study(volumes, out, pretrained, **options)
+    assert json.loads(ledger.read_text())["settings"]["skip_empty"] is True
+    assert lines(out)[0]["cases"] == usual
+
+
+def test_results_of_small_volumes_padded_as_before_are_not_mixed_in(tmp_path: Path) -> None:
+    job = Job("scratch", None, None, 1, 0, 0, ("a",), 0)
+    make = partial(
+        JobsOf, tmp_path, tmp_path, None, tmp_path / "recipe.yaml", "digest", ("b",),
+        {"a": "1", "b": "2"}, {1: "liver"}, 2.0, 0.5,
+    )  # fmt: skip
+    small, large = (make(skip_empty=False, padded=p, allow_overlap=False) for p in (True, False))
+    identity = {k: v for k, v in large.identity(job).items() if k != "padding"}
+    large.folder(job).mkdir(parents=True)
+    (large.folder(job) / "result.json").write_text(json.dumps({"identity": identity}))
+    assert large.is_done(job)
+    with pytest.raises(ConfigError, match=r"another padding; .* remove result\.json"):
+        small.is_done(job)
 
 
 def test_results_without_rates_and_hashes_of_the_data_still_count(

@@ -90,6 +90,7 @@ def test_the_labels_of_a_split_are_scored_unless_the_recipe_says(
     [
         (["split.use=named", "split.name=btcv"], CONFIG, "choose from btcv-80-20, btcv-monai-24-6"),
         (["split.use=named"], CONFIG, "no split is called ''"),
+        (["data.augment.swap=[[1,14]]"], CONFIG, "the data have no label 14; set it to the pairs"),
         (["score.labels=[1,14]"], CONFIG, "the data have no label 14; choose from 1 liver"),
         (["split.use=named", "split.name=no.json"], DATA, "E-SPLIT-FILE: no.json: found a file"),
         (["split.use=named", "split.name=btcv-80-20"], DATA, "E-SPLIT-ABSENT: split btcv-80-20: "),

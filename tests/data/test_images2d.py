@@ -59,10 +59,16 @@ def test_linked_folders_are_searched_each_real_one_once(folder, tmp_path):
     (folder / "zoo").symlink_to(tmp_path / "elsewhere" / "inner")
     (tmp_path / "elsewhere" / "back").symlink_to(folder)
     assert scan_images(folder).files == (
-        "cat/c.jpg", "d.png", "dog/a.JPEG", "dog/b.png", "zoo/e.png",
+        "bird/inner/e.png", "cat/c.jpg", "d.png", "dog/a.JPEG", "dog/b.png",
     )  # fmt: skip
-    (folder / "zoo").unlink()
-    assert "bird/inner/e.png" in scan_images(folder).files
+    (folder / "bird").unlink()
+    assert "zoo/e.png" in scan_images(folder).files
+
+
+def test_a_link_takes_nothing_away_from_where_it_lies(folder):
+    usual = scan_images(folder).files
+    (folder / "cat" / "more").symlink_to(folder / "dog")
+    assert scan_images(folder).files == usual
 
 
 def test_a_folder_that_may_not_be_read_is_no_empty_one(folder, monkeypatch):

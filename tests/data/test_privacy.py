@@ -1,5 +1,7 @@
 """Names of patients, planted in headers, paths and ids, reach neither store nor account."""
 
+import errno
+import os
 import secrets
 import stat
 
@@ -113,3 +115,14 @@ def test_an_empty_key_of_the_environment_is_refused(tmp_path, monkeypatch, given
     monkeypatch.setenv("SPARK3D_ID_KEY", given)
     with pytest.raises(ConfigError, match="SPARK3D_ID_KEY is empty"):
         id_of_a_patient(tmp_path)
+
+
+def test_a_disk_without_hard_links_keeps_a_key_too(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert id_of_a_patient(tmp_path) == id_of_a_patient(tmp_path)
+    (file,) = (tmp_path / "config" / "spark3d").iterdir()
+    assert len(file.read_bytes()) == 64
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600

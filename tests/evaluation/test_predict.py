@@ -80,6 +80,50 @@ def test_an_image_that_changed_is_segmented_again(scans, segmenter, tmp_path):
     assert str(tmp_path) not in json.dumps(json.loads(text)["cases"])
 
 
+def test_no_label_map_of_another_image_is_left(scans, segmenter, tmp_path):
+    segmenter()
+    out = predict_command(MODEL, scans, tmp_path / "out")
+    file = scans / "imagesTr" / "case1_0000.nii.gz"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(DataError, match="1 of 3 volumes"):
+        predict_command(MODEL, scans, out)
+    assert sorted(f.name for f in out.glob("*.nii.gz")) == ["case0.nii.gz", "case2.nii.gz"]
+    assert sorted(json.loads((out / "predict.json").read_text())["cases"]) == ["case0", "case2"]
+
+
+def test_an_image_that_changes_while_it_is_read_gets_no_label_map(
+    scans, segmenter, tmp_path, monkeypatch
+):
+    segmenter()
+
+    def late(case, spec):
+        prepared = prepare_case(case, spec)
+        if case.id == "case1":
+            os.utime(case.image, ns=(1, 1))
+        return prepared
+
+    monkeypatch.setattr("spark3d.commands.predict.prepare_case", late)
+    with pytest.raises(DataError, match="E-CHANGED: case1"):
+        predict_command(MODEL, scans, tmp_path / "out")
+    names = sorted(f.name for f in (tmp_path / "out").glob("*.nii.gz"))
+    assert names == ["case0.nii.gz", "case2.nii.gz"]
+
+
+def test_a_folder_of_before_goes_on(scans, segmenter, tmp_path):
+    segmenter()
+    out = predict_command(MODEL, scans, tmp_path / "out")
+    whole = {f.name: f.read_bytes() for f in out.glob("*.nii.gz")}
+    record = json.loads((out / "predict.json").read_text())
+    del record["settings"]["modality"]
+    for entry in record["cases"].values():
+        del entry["files"]
+    (out / "predict.json").write_text(json.dumps(record))
+    network = segmenter()
+    predict_command(MODEL, scans, out)
+    assert network.windows > 0
+    assert {f.name: f.read_bytes() for f in out.glob("*.nii.gz")} == whole
+
+
 def test_a_case_that_fails_is_named_and_the_others_are_done(scans, segmenter, tmp_path):
     segmenter()
     file = scans / "imagesTr" / "case1_0000.nii.gz"
@@ -117,9 +161,13 @@ def test_the_held_out_cases_of_the_run_can_be_asked_for(scans, segmenter, tmp_pa
     (model.parent / "run.json").write_text(json.dumps(record))
     with pytest.raises(DataError, match=r"no volume of 1 cases .*case7"):
         predict_command(model, scans, tmp_path / "absent", held_out=True)
-    record["inputs"]["validation"] = []
+    record["inputs"]["test"] = ["case1"]
     (model.parent / "run.json").write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match="held no case out"):
+    out = predict_command(model, scans, tmp_path / "test", held_out=True)
+    assert [f.name for f in out.glob("*.nii.gz")] == ["case1.nii.gz"]
+    record["inputs"] = {"validation": []}
+    (model.parent / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="held no labelled case out"):
         predict_command(model, scans, tmp_path / "none", held_out=True)
 
 
@@ -131,9 +179,11 @@ def test_label_maps_inside_the_folder_of_volumes_are_not_volumes(scans, segmente
     assert names == [f"case{n}_0000.nii.gz" for n in range(3)]
     predict_command(MODEL, folder, out)
     assert sorted(f.name for f in out.glob("*.nii.gz")) == names
+    predict_command(MODEL, folder, folder / "again")
+    assert sorted(f.name for f in (folder / "again").glob("*.nii.gz")) == names
     shutil.copytree(out, tmp_path / "alone" / "out")
-    with pytest.raises(DataError, match="nothing but --out"):
-        predict_command(MODEL, tmp_path / "alone", tmp_path / "alone" / "out")
+    with pytest.raises(DataError, match="no volume but 3 files"):
+        predict_command(MODEL, tmp_path / "alone", tmp_path / "new")
 
 
 def test_the_modality_is_that_of_training_unless_told(scans, segmenter, tmp_path, monkeypatch):

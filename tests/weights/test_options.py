@@ -29,6 +29,7 @@ def passport(name: str, options: dict[str, Any], ndim: int = 2) -> Passport:
         ("monai/dynunet", DYNUNET, {"strides": [2, 2, 2]}, r"\[2, 2, 2\]: .* strides=\[1, 2, 2\]"),
         ("timm/resnet10t", RESNET, {"replace_stem_pool": True}, "the default replace_stem_pool"),
         ("monai/resnet10", {"widen_factor": 0.125}, {"conv1_t_stride": 1}, "conv1_t_stride=1"),
+        ("monai/resnet10", {"widen_factor": 0.125}, {"no_max_pool": True}, "no_max_pool=True"),
     ],
 )
 def test_another_encoder_is_refused_by_option(

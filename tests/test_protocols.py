@@ -209,6 +209,16 @@ def smoke(btcv: Path, out: Path) -> None:
     finetune_command(btcv, out, None, None, TINY, protocol="btcv-synapse-18-12", smoke=True)
 
 
+def one_case(btcv: Path, folder: Path) -> Path:
+    """The tree of the archive with the one case that the folder is called after."""
+    number = folder.name.removeprefix("img")
+    for part in ("img", "label"):
+        (folder / "Training" / part).mkdir(parents=True)
+        file = f"Training/{part}/{part}{number}.nii.gz"
+        shutil.copy(btcv / file, folder / file)
+    return folder
+
+
 def test_a_smoke_run_goes_from_the_archive_to_the_report_and_says_so(
     btcv: Path, tmp_path: Path
 ) -> None:
@@ -225,23 +235,21 @@ def test_a_smoke_run_goes_from_the_archive_to_the_report_and_says_so(
 
     assert held_out_cases(run) == named_split("btcv-synapse-18-12").test
 
-    few = tmp_path / "few"
-    (few / "Training").mkdir(parents=True)
-    for part, name in (("img", "img0001"), ("label", "label0001")):
-        (few / "Training" / part).mkdir()
-        shutil.copy(btcv / "Training" / part / f"{name}.nii.gz", few / "Training" / part)
+    few, seen = (one_case(btcv, tmp_path / name) for name in ("img0001", "img0005"))
     predict_command(run, few, tmp_path / "predicted", device="cpu")
     ledger = json.loads((tmp_path / "predicted" / "predict.json").read_text())
     assert ledger["settings"]["overlap"] == recipe.window_overlap
     assert ledger["protocol"]["smoke"]
-    with pytest.raises(DataError, match="1 of 1 predicted cases were trained on: img0001"):
-        evaluate_command(tmp_path / "predicted", few, tmp_path / "scores")
-    scores = evaluate_command(tmp_path / "predicted", few, tmp_path / "scores", allow_overlap=True)
+    scores = evaluate_command(tmp_path / "predicted", few, tmp_path / "scores")
     assert "no result" in scores.name
     assert sorted(scores.labels) == [1, 2, 3, 4, 6, 7, 8, 11]
     assert scores.settings["protocol"]["name"] == "btcv-synapse-18-12"
     page = report_command([str(run), str(tmp_path / "scores")], tmp_path / "report.html")
     assert "Smoke run, shortened: no result" in page.read_text()
+
+    predict_command(run, seen, tmp_path / "learnt", device="cpu")
+    with pytest.raises(DataError, match="1 of 1 predicted cases were trained on: img0005"):
+        evaluate_command(tmp_path / "learnt", seen, tmp_path / "none")
 
     with pytest.raises(ConfigError, match=r"was prepared at \(6.0, 6.0, 8.0\) mm"):
         finetune_command(run / "store", run, None, None, TINY, protocol="btcv-synapse-18-12")

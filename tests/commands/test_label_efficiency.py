@@ -219,7 +219,9 @@ def test_another_study_does_not_mix_in(
         study(store, finished, pretrained, labels=[1], tolerance_mm=3.0)
     with monkeypatch.context() as corrected:
         corrected.setattr("spark3d.data.store.Store.voxel_hash", lambda *_: "corrected")
-        with pytest.raises(ConfigError, match="job with another data; choose a new folder"):
+        with pytest.raises(
+            ConfigError, match="another state of its voxels or labels; choose a new folder"
+        ):
             study(store, finished, pretrained, labels=[1])
 
 

@@ -216,12 +216,13 @@ def overrides(study: Study, job: Job) -> tuple[str, ...]:
 
 def score_on_files(study: Study, run: Path, folder: Path) -> tuple[CaseScores, ...]:
     """Predict the validation cases from their files and score them on their own grids."""
-    assert study.volumes is not None
+    volumes = study.volumes
+    assert volumes is not None
     prepared = Store.open(study.store).settings
 
     def predict() -> Path:
         return predict_command(
-            run, study.volumes, folder / PREDICTIONS, study.overlap,
+            run, volumes, folder / PREDICTIONS, study.overlap,
             skip_empty=study.skip_empty, only=study.validation, geometry=prepared["geometry"],
             nan_fill=prepared["nan_fill"],
         )  # fmt: skip
@@ -231,7 +232,7 @@ def score_on_files(study: Study, run: Path, folder: Path) -> tuple[CaseScores, .
     except OtherPrediction:  # what an earlier attempt left, with other settings
         shutil.rmtree(folder / PREDICTIONS)
         found = predict()
-    pairs = find_pairs(found, study.volumes, None, partial=True)
+    pairs = find_pairs(found, volumes, None, partial=True)
     return score_pairs(pairs, study.tolerance_mm, show=False)
 
 

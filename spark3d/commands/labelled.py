@@ -177,9 +177,9 @@ def finetune_inputs(
         f"{len(train)} training and {len(validation)} validation cases, labels {labels}",
     ]
     test = [r for r in parts.test if r.has_label]
-    ids = [tuple(r.id for r in part) for part in (train, validation, test)]
+    learnt, held, kept = (tuple(r.id for r in part) for part in (train, validation, test))
     return FinetuneInputs(
-        recipe, store, crops, *ids, labels, scored, weights, tuple(notes), overlap
+        recipe, store, crops, learnt, held, kept, labels, scored, weights, tuple(notes), overlap
     )
 
 

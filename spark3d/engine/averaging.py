@@ -32,7 +32,8 @@ class Average:
         old, new = _tensors(self.network), _tensors(network)
         moving = [n for n, value in enumerate(old) if value.is_floating_point()]
         with torch.no_grad():  # one call for all, as timm does
-            torch._foreach_lerp_([old[n] for n in moving], [new[n] for n in moving], 1.0 - decay)
+            pair = [old[n] for n in moving], [new[n] for n in moving]
+            torch._foreach_lerp_(*pair, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
             for n in set(range(len(old))).difference(moving):
                 old[n].copy_(new[n])
 

@@ -198,7 +198,7 @@ def segment(
             f"{case.id} has {record.channels} channels, the model reads "
             f"{segmenter.card.backbone['in_channels']}; choose the volumes it was trained for"
         )
-    intensities = prepared.voxels * record.scale + record.shift
+    intensities = record.physical(prepared.voxels)
     volume = torch.from_numpy(segmenter.window.apply(intensities, record.mean, record.std))
     if any(n < w for n, w in zip(record.size, plan.window, strict=False)):
         log.warning(

@@ -1,6 +1,7 @@
 """Making one prepared case out of its files: read, resample, crop to the body, measure."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,9 +15,12 @@ from spark3d.data.geometry import resample
 from spark3d.data.grid import Volume, crop_affine, spacing_of
 from spark3d.data.io import read_label, read_volume
 from spark3d.data.nifti_header import Geometry
-from spark3d.data.record import CaseRecord
+from spark3d.data.record import CaseRecord, IntensityStats
 from spark3d.data.sources import CaseSource
 from spark3d.data.writer import PreparedCase
+
+STEPS, FEWEST = 65000, 250
+"""Integers that a channel of another scale than HU is spread over, and the fewest of its body."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ def prepare_case(case: CaseSource, spec: PrepareSpec) -> PreparedCase:
     box = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
     voxels = volume.array[(slice(None), *box)]
     stored, scale, shift = quantise(voxels, modality, case.id)
+    intensity = intensity_stats(voxels, body[box])
+    check_steps(intensity, scale, case.id)
     classes = None if label is None else label.array[0][box]
     present = None if classes is None else tuple(int(v) for v in np.unique(classes) if v)
     record = CaseRecord(
@@ -90,7 +96,7 @@ def prepare_case(case: CaseSource, spec: PrepareSpec) -> PreparedCase:
         scale=scale,
         shift=shift,
         content_hash=content,
-        intensity=intensity_stats(voxels, body[box]),
+        intensity=intensity,
         labels=present,
         sidecar_hash="",
         filled=source.filled,
@@ -117,28 +123,51 @@ def guess_modality(array: NDArray[np.generic]) -> str:
 
 def quantise(
     array: NDArray[np.generic], modality: str, case: str
-) -> tuple[NDArray[np.int16], float, float]:
-    """Intensities as int16: whole HU for CT; else spread over the range of int16.
+) -> tuple[NDArray[np.int16], tuple[float, ...], tuple[float, ...]]:
+    """Intensities `(c, *size)` as int16: whole HU for CT; else each channel over int16's range.
 
     Returns:
-        The integers, and scale and shift with intensity = integer * scale + shift.
+        The integers, and scale and shift of each channel: intensity = integer * scale + shift.
 
     Raises:
         DataError: CT values that int16 cannot hold; they are never wrapped.
     """
-    low, high = float(array.min()), float(array.max())
     if modality == "CT":
+        low, high = float(array.min()), float(array.max())
         if low < -32768 or high > 32767:
             raise fault(
                 "E-HU-RANGE", case, f"values from {low:g} to {high:g}",
                 "HU between -32768 and 32767",
                 "correct the volume, or state another modality with --modality MR",
             )  # fmt: skip
-        return np.rint(array).astype(np.int16), 1.0, 0.0
-    scale = float(np.float32(max(high - low, 1e-30) / 65000))
-    shift = float(np.float32((high + low) / 2))
-    spread = (array.astype(np.float64) - shift) / scale
-    return np.clip(np.rint(spread), -32768, 32767).astype(np.int16), scale, shift
+        return np.rint(array).astype(np.int16), (1.0,) * len(array), (0.0,) * len(array)
+    stored, scales, shifts = np.empty(array.shape, np.int16), [], []
+    for number, channel in enumerate(array):
+        low, high = float(channel.min()), float(channel.max())
+        scale = float(np.float32(max(high - low, 1e-30) / STEPS))
+        shift = float(np.float32((high + low) / 2))
+        spread = (channel.astype(np.float64) - shift) / scale
+        stored[number] = np.clip(np.rint(spread), -32768, 32767).astype(np.int16)
+        scales.append(scale)
+        shifts.append(shift)
+    return stored, tuple(scales), tuple(shifts)
+
+
+def check_steps(stats: Sequence[IntensityStats], scales: Sequence[float], case: str) -> None:
+    """Refuse a channel whose body falls on a few integers, as a few extreme voxels make it.
+
+    Raises:
+        DataError: E-EXTREMES.
+    """
+    for number, (channel, scale) in enumerate(zip(stats, scales, strict=True)):
+        if scale != 1 and 0 < channel.high - channel.low < FEWEST * scale:
+            raise fault(
+                "E-EXTREMES", case,
+                f"values from {channel.minimum:g} to {channel.maximum:g} in channel {number}, but "
+                f"nearly all from {channel.low:g} to {channel.high:g}",
+                f"a body over {FEWEST} or more of {STEPS} steps of the whole range",
+                "clip the extreme voxels, or take the case out",
+            )  # fmt: skip
 
 
 def _read_channels(case: CaseSource, spec: PrepareSpec) -> Volume:

@@ -76,8 +76,10 @@ def is_current(job: Job, verify: bool = False) -> bool:
     described = data["case"]
     known = described["group"], described["section"], described.get("patient", "")
     same_place = known == (job.case.group, job.case.section, job.case.patient)
+    one_scale = not isinstance(described["scale"], list) and described["scale"] != 1
     return (
         same_place
+        and not (one_scale and described["channels"] > 1)  # which may have lost a channel
         and case_path(job.out, case_id, ".npz").exists()
         and data["key"]["settings"] == _settings_hash(job.spec)
         and same_files(job.case, data["key"]["files"])

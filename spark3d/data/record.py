@@ -56,7 +56,7 @@ class CaseRecord:
         spacing_mm: mm per voxel, same order.
         affine: stored voxel -> RAS mm; it places the stored box in the patient.
         source: grid of the source file, to put predictions back.
-        scale: physical intensity = stored integer * scale + shift.
+        scale: of each channel: physical intensity = stored integer * scale + shift.
         shift: see `scale`.
         content_hash: of the source's voxels in RAS+ order, whatever its header, name or
             compression.
@@ -77,8 +77,8 @@ class CaseRecord:
     spacing_mm: tuple[float, ...]
     affine: Affine
     source: SourceGrid
-    scale: float
-    shift: float
+    scale: tuple[float, ...]
+    shift: tuple[float, ...]
     content_hash: str
     intensity: tuple[IntensityStats, ...]
     labels: tuple[int, ...] | None
@@ -135,6 +135,16 @@ class CaseRecord:
         named = ((k, v) for k, v in self._extras.items() if k.startswith("class_"))
         return {int(k.removeprefix("class_")): v.astype(np.int32) for k, v in named}
 
+    def physical(self, stored: NDArray[np.generic]) -> NDArray[np.float32]:
+        """Physical intensities `(c, *size)` of stored integers; float32 is worked on in place."""
+        result = stored.astype(np.float32, copy=False)
+        for n, (scale, shift) in enumerate(zip(self.scale, self.shift, strict=True)):
+            if scale != 1:
+                result[n] *= np.float32(scale)
+            if shift != 0:
+                result[n] += np.float32(shift)
+        return result
+
     def to_json(self) -> dict[str, Any]:
         """Plain values; the sidecar's place is left out."""
         return {
@@ -147,8 +157,8 @@ class CaseRecord:
             "spacing_mm": list(self.spacing_mm),
             "affine": self.affine.tolist(),
             "source": self.source.to_json(),
-            "scale": self.scale,
-            "shift": self.shift,
+            "scale": list(self.scale),
+            "shift": list(self.shift),
             "content_hash": self.content_hash,
             "intensity": [stats.__dict__ for stats in self.intensity],
             "labels": None if self.labels is None else list(self.labels),
@@ -164,6 +174,8 @@ class CaseRecord:
             **{
                 **data,
                 "size": tuple(data["size"]),
+                "scale": _of_channels(data["scale"], data["channels"]),
+                "shift": _of_channels(data["shift"], data["channels"]),
                 "spacing_mm": tuple(data["spacing_mm"]),
                 "affine": np.asarray(data["affine"], np.float64),
                 "source": SourceGrid.from_json(data["source"]),
@@ -172,6 +184,11 @@ class CaseRecord:
             },
             sidecar=sidecar,
         )
+
+
+def _of_channels(value: float | list[float], channels: int) -> tuple[float, ...]:
+    """One number per channel; records of before have one for all."""
+    return tuple(value) if isinstance(value, list) else (value,) * channels
 
 
 def encode_extras(body: NDArray[np.uint8], coordinates: dict[int, NDArray[np.int32]]) -> bytes:

@@ -136,12 +136,7 @@ class Store:
         record = self.record(case_id)
         start, size = _box(record, start, size)
         box = (0, *start), (record.channels, *size)
-        result = self._open(case_id, "image").read(*box, dtype=np.float32)
-        if record.scale != 1:
-            result *= np.float32(record.scale)
-        if record.shift != 0:
-            result += np.float32(record.shift)
-        return result
+        return record.physical(self._open(case_id, "image").read(*box, dtype=np.float32))
 
     def read_label(
         self, case_id: str, start: Sequence[int] | None = None, size: Sequence[int] | None = None

@@ -29,7 +29,7 @@ def make_case(case_id, size=(70, 40, 33), seed=0, label=True, scale=1.0, shift=0
     affine = np.diag([1.0, 1, 1, 1])
     record = CaseRecord(
         case_id, case_id, "training", "CT", 1, size, (1.0, 1.0, 1.0), affine,
-        SourceGrid(size, affine), scale, shift, f"hash {seed}", (STATS,),
+        SourceGrid(size, affine), (scale,), (shift,), f"hash {seed}", (STATS,),
         (2,) if label else None, "",
     )  # fmt: skip
     cells = tuple(-(-n // 32) for n in size)

@@ -106,13 +106,13 @@ class Slice:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether the file has the signature of DICOM; False for one that cannot be read."""
-    try:
-        with path.open("rb") as stream:
-            stream.seek(DICM_AT)
-            return stream.read(4) == b"DICM"
-    except OSError:
-        return False
+    """Whether the file has the signature of DICOM.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    with opened_raw(path) as stream:
+        return pull(stream, DICM_AT + 4, path)[DICM_AT:] == b"DICM"
 
 
 def read_grouping(path: Path) -> Grouping:
@@ -225,9 +225,8 @@ def _decompressed(one: Slice) -> NDArray[np.generic]:
 
 def _read(path: Path, names: tuple[str, ...]) -> tuple[dict[str, Any], str]:
     """The values of some fields that are present and not empty, and the transfer syntax."""
-    with opened_raw(path) as stream:
-        if pull(stream, DICM_AT + 4, path)[DICM_AT:] != b"DICM":
-            raise _bad(path, "no DICOM signature")
+    if not is_dicom(path):
+        raise _bad(path, "no DICOM signature")
 
     def parse() -> tuple[dict[str, Any], str]:
         syntax = str(read_file_meta_info(path).get("TransferSyntaxUID", ""))

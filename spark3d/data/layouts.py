@@ -18,13 +18,12 @@ from spark3d.data.dataset_json import (
     inside,
 )
 from spark3d.data.io import SUFFIXES, Source, stem
-from spark3d.data.series import sort_series
+from spark3d.data.series import NO_SLICES, sort_series
 
 PREDICTED = "predict.json"
 """Stands beside the label maps that `spark3d predict` has written."""
 BODIES = (".raw", ".zraw", ".raw.gz")
 """Voxels of detached headers, which name them."""
-KNOWN_SUFFIXES = (".txt", ".csv", ".json", ".xml", ".md", ".pdf", ".png", ".jpg", ".zip", ".dcm")
 LABEL_FOLDER = re.compile(
     r"(labels?|segs?|segmentations?|masks?|annotations?)(Tr|Ts|Va|Val|[-_].*)?", re.I
 )
@@ -295,7 +294,7 @@ def plain(root: Path, progress: Callable[[int, int], None] | None = None) -> Fou
 def _kinds(files: list[Path]) -> str:
     """How many of which suffix; a suffix that is not well known may be part of a name."""
     suffixes = (path.suffix.lower() for path in files)
-    counts = Counter(suffix if suffix in KNOWN_SUFFIXES else "other" for suffix in suffixes)
+    counts = Counter(suffix if suffix in NO_SLICES else "other" for suffix in suffixes)
     return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
 
 

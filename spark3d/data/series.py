@@ -1,13 +1,16 @@
 """Sorting the DICOM files of a folder into series: which make a volume, which are passed over.
 
-Of each file only the header is read. A file with the signature of DICOM that cannot be parsed is a
-series of its own, so that its case fails by name and is not lost.
+Of each file only the header is read. What may be a slice and cannot be read as one is a series of
+its own, so that its case fails by name and no volume gets shorter without a word: a file with the
+signature of DICOM that cannot be parsed, one called `.dcm` without it, one that cannot be opened,
+an empty one beside DICOM files. The last two may have no suffix of another kind.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from spark3d.data.dicom_slice import Grouping, is_dicom, read_grouping
 from spark3d.errors import DataError
@@ -15,6 +18,10 @@ from spark3d.errors import DataError
 NOT_VOLUMES = frozenset(
     {"RTSTRUCT", "RTPLAN", "RTDOSE", "RTRECORD", "SEG", "SR", "PR", "KO", "REG", "FID", "DOC"}
 )
+NO_SLICES = (
+    ".txt", ".csv", ".tsv", ".json", ".xml", ".md", ".pdf", ".png", ".jpg", ".zip",
+)  # fmt: skip
+"""Well known suffixes of other files, which may be absent or empty without harm."""
 NO_IMAGE = "DICOM files that hold no image (such as DICOMDIR or RTSTRUCT)"
 LOCALISER = "localiser slices"
 SINGLE = "DICOM series of a single image (scouts, dose reports)"
@@ -42,16 +49,20 @@ def sort_series(
         progress: called after each.
 
     Returns:
-        The series in the order of their first files; how many of what kind were passed over; and
-        the files that are no DICOM.
+        The series in the order of their first files, those of an empty file last; how many of what
+        kind were passed over; and the files that are no DICOM.
     """
     groups: dict[str, list[tuple[Path, Grouping | None]]] = {}
     passed_over: Counter[str] = Counter()
     others = []
+    folders = set()
     for path in files:
-        if not is_dicom(path):
+        state = _state(path)
+        if state == "dicom":
+            folders.add(path.parent)
+        if state == "other":
             others.append(path)
-        elif (found := _grouping(path)) is None:
+        elif state == "lost" or (found := _grouping(path)) is None:
             groups[f"file {path}"] = [(path, None)]
         elif not found.has_image or found.modality in NOT_VOLUMES:
             passed_over[NO_IMAGE] += 1
@@ -62,6 +73,9 @@ def sort_series(
             groups.setdefault(key, []).append((path, found))
         if progress:
             progress()
+    empty = [path for path in others if path.parent in folders and _is_empty(path)]
+    groups |= {f"file {path}": [(path, None)] for path in empty}
+    others = [path for path in others if f"file {path}" not in groups]
     series = []
     for key, members in groups.items():
         first = members[0][1]
@@ -71,6 +85,21 @@ def sort_series(
         patient = f"patient {first.patient}" if first and first.patient else ""
         series.append(Series(key, patient, tuple(path for path, _ in members)))
     return series, passed_over, others
+
+
+def _state(path: Path) -> Literal["dicom", "lost", "other"]:
+    """Whether a file has the signature of DICOM, should have it, or is of another kind."""
+    try:
+        if is_dicom(path):
+            return "dicom"
+    except DataError:
+        return "other" if path.suffix.lower() in NO_SLICES else "lost"
+    return "lost" if path.suffix.lower() == ".dcm" else "other"
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a file may be a slice whose content was lost; it could be read just now."""
+    return path.suffix.lower() not in NO_SLICES and not path.stat().st_size
 
 
 def _grouping(path: Path) -> Grouping | None:

@@ -129,6 +129,17 @@ def cut_header(paths):
     paths[3].write_bytes(paths[3].read_bytes()[:300])
 
 
+def lose(content=None, name="im.dcm", link="gone"):
+    """Leaves of the first slice, an end of the volume, these bytes or a link to nothing."""
+
+    def spoil(paths):
+        paths[0].unlink()
+        place = paths[0].with_name(name)
+        place.symlink_to(link) if content is None else place.write_bytes(content)
+
+    return spoil
+
+
 def copy(paths):
     shutil.copy(paths[3], paths[3].with_name("copy.dcm"))
 
@@ -149,6 +160,12 @@ FILES = {
     "three slices missing": (None, drop(1, 4, 5), "E-DICOM-MISSING"),
     "a slice cut": (None, cut, "E-TRUNCATED"),
     "a header cut": (None, cut_header, "E-DICOM-"),
+    "an end slice that leads nowhere": (None, lose(), "E-UNREADABLE"),
+    "an end slice that leads to itself": (None, lose(name="im", link="im"), "E-UNREADABLE"),
+    "an empty end slice": (None, lose(b""), "E-DICOM-HEADER"),
+    "an empty end slice without a suffix": (None, lose(b"", "IM_0001"), "E-DICOM-HEADER"),
+    "a short end slice": (None, lose(bytes(100)), "E-DICOM-HEADER"),
+    "an end slice without its signature": (None, lose(bytes(900), "IM.DCM"), "E-DICOM-HEADER"),
     "a copy of a slice": (None, copy, "E-DICOM-DUPLICATE"),
     "the series twice": (None, copy_all, "E-DICOM-DUPLICATE"),
     "CT without rescale": (no_rescale, None, "E-DICOM-RESCALE"),
@@ -312,6 +329,10 @@ def test_a_folder_of_everything(tmp_path):
         delattr(ds, name)
     ds.save_as(root / "DICOMDIR")
     (root / "notes.txt").write_text("read me")
+    (root / "study" / "empty.txt").touch()
+    (root / "study" / "gone.json").symlink_to("nowhere")
+    (root / "elsewhere").mkdir()
+    (root / "elsewhere" / "done").touch()
     (root / "study" / "broken").write_bytes(bytes(128) + b"DICM" + b"\x09" * 40)
     sitk.WriteImage(sitk.Image(5, 5, 5, sitk.sitkInt16), str(root / "vol.nii.gz"))
     sitk.WriteImage(sitk.Image(5, 5, 5, sitk.sitkInt16), str(root / "old.mha"))
@@ -327,7 +348,7 @@ def test_a_folder_of_everything(tmp_path):
         "passed over 1 DICOM files that hold no image (such as DICOMDIR or RTSTRUCT)",
         "passed over 1 DICOM series of a single image (scouts, dose reports)",
         "passed over 2 localiser slices",
-        "passed over 1 files that are no volumes (1 .txt)",
+        "passed over 4 files that are no volumes (2 .txt, 1 other, 1 .json)",
     )
     assert seen[-1][0] == seen[-1][1] == len(seen)
     arrays = {read_volume(case.slices).array.tobytes() for case in series if len(case.slices) > 1}

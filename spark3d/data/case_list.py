@@ -12,7 +12,8 @@ from typing import Any
 
 from spark3d.data.checks import fault
 from spark3d.data.files import readable_json, write_atomic
-from spark3d.data.layouts import CaseSource, FoundCases
+from spark3d.data.layouts import SECTIONS, CaseSource, FoundCases
+from spark3d.data.names import safe_name
 
 FORMAT = "spark3d cases 1"
 
@@ -41,7 +42,7 @@ def read_case_list(path: Path) -> FoundCases:
     """Read what `write_case_list` wrote, or what was written by hand in its form.
 
     Raises:
-        DataError: another file, or entries that do not fit.
+        DataError: another file, entries that do not fit, or a section that does not exist.
     """
     try:
         data = json.loads(path.read_text("utf-8"))
@@ -58,6 +59,12 @@ def read_case_list(path: Path) -> FoundCases:
             f'JSON with "format": "{FORMAT}" and "cases": [{{"id", "image", ...}}]',
             "give a folder, or make the list with data_prep.ct_folder",
         ) from None  # fmt: skip
+    known = tuple(dict.fromkeys(SECTIONS.values()))
+    if wrong := sorted({safe_name(case.section, "*") for case in cases} - set(known)):
+        raise fault(
+            "E-CASE-LIST", path, f"the sections {', '.join(wrong)}", f"one of {', '.join(known)}",
+            "correct them, as cases of an unknown section would be trained on",
+        )  # fmt: skip
     return FoundCases("list", cases, modality, declared, fourth_axis)
 
 

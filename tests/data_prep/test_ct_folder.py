@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dicom_files import write_series
+from hypothesis import given
+from hypothesis import strategies as st
 from nifti_files import DEFAULT, ct_like, write_nifti
 from rich.console import Console
 from scripts import script
@@ -211,6 +213,24 @@ def test_channels_of_4d_files_are_said_in_the_list(tmp_path: Path) -> None:
     (tmp_path / "l.json").write_text(json.dumps({**content, "fourth_axis": True}))
     prepare_command(tmp_path / "l.json", tmp_path / "store", workers=0, console=Console(quiet=True))
     assert [record.channels for record in Store.open(tmp_path / "store").cases] == [2]
+
+
+@given(section=st.sampled_from(["val", "Test", "unlabeled", "train", "", "Doe, Jane"]) | st.text())
+def test_only_the_sections_that_exist_are_taken(
+    tmp_path_factory: pytest.TempPathFactory, section: str
+) -> None:
+    """Cases meant for validation or test would be trained on, under any other name for it."""
+    path = tmp_path_factory.mktemp("lists") / "l.json"
+    known = ("training", "validation", "test", "unlabelled")
+    cases = [{"id": one, "image": "a.nii", "section": one} for one in known]
+    content = {"format": "spark3d cases 1", "cases": cases}
+    path.write_text(json.dumps(content))
+    assert tuple(case.section for case in read_case_list(path).cases) == known
+    if section not in known:
+        cases.append({"id": "b", "image": "a.nii", "section": section})
+        path.write_text(json.dumps(content))
+        with pytest.raises(DataError, match=r"^E-CASE-LIST: .*one of training, validation, test, "):
+            read_case_list(path)
 
 
 @pytest.mark.parametrize(

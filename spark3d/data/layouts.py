@@ -24,11 +24,12 @@ PREDICTED = "predict.json"
 """Stands beside the label maps that `spark3d predict` has written."""
 BODIES = (".raw", ".zraw", ".raw.gz")
 """Voxels of detached headers, which name them."""
-LABEL_FOLDER = re.compile(
-    r"(labels?|segs?|segmentations?|masks?|annotations?)(Tr|Ts|Va|Val|[-_].*)?", re.I
-)
-LABEL_NAME = re.compile(r"(^|[-_.])(labels?|d?segs?|segmentations?|masks?)([-_.]?\d+)?$", re.I)
-"""KiTS' `segmentation`, LiTS' `segmentation-0`, `label0001`, `ct_mask`, the `_dseg` of BIDS."""
+LABEL_WORD = r"labels?|segs?|segmentations?|masks?|annotations?|gt|ground[-_ ]?truth"
+LABEL_FOLDER = re.compile(rf"({LABEL_WORD})(Tr|Ts|Va|Val|[-_].*)?|instances?", re.I)
+"""KiTS has single organs in `instances`."""
+LABEL_NAME = re.compile(rf"(^|[-_.])({LABEL_WORD}|dsegs?)([-_.]?\d+)?$", re.I)
+"""KiTS' `segmentation` and `kidney_instance-1_annotation-1`, LiTS' `segmentation-0`, `label0001`,
+`ct_mask`, the `_dseg` of BIDS, `patient001_frame01_gt` of ACDC, SegTHOR's `GT`."""
 SECTIONS = {
     "training": "training",
     "validation": "validation",

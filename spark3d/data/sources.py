@@ -43,9 +43,9 @@ def find(
         folder: a Decathlon task or nnU-Net dataset (with `dataset.json`), a BTCV tree
             (`RawData/Training/img`), `img` beside `label` with files called alike, or any folder
             of volume files and DICOM series, searched recursively; files there that are called
-            label, seg or mask, or lie in a folder so called, are no images. Each series is a case;
-            its patient is that of its headers. Or a list of cases, a JSON file that
-            `data/case_list.py` describes.
+            label, seg, mask, gt and the like, or lie in a folder so called, are no images. Each
+            series is a case; its patient is that of its headers. Or a list of cases, a JSON file
+            that `data/case_list.py` describes.
         group_pattern: regular expression searched in the id; its first group names the patient.
         progress: called with (files done, files in all) while headers of DICOM files are read.
 

@@ -153,6 +153,14 @@ def test_any_folder_is_searched_recursively_and_label_maps_are_listed(tmp_path):
         ("p1/ct.nii.gz", "p1/ct_mask_2.nii.gz"),
         ("sub-01_T1w.nii.gz", "sub-01_dseg.nii.gz"),  # BIDS
         ("masked_ct.nii.gz", "masks.nii.gz"),
+        ("patient001_frame01.nii.gz", "patient001_frame01_gt.nii.gz"),  # ACDC
+        ("Patient_01/Patient_01.nii.gz", "Patient_01/GT.nii.gz"),  # SegTHOR
+        ("case_00000/imaging.nii.gz", "case_00000/kidney_instance-1_annotation-1.nii.gz"),
+        ("case_00000/imaging.nii.gz", "case_00000/instances/kidney_1.nii.gz"),  # KiTS
+        ("ct/a.nii.gz", "gt/a.nii.gz"),
+        ("ct/a.nii.gz", "ground_truth/a.nii.gz"),
+        ("ct/a.nii.gz", "ct/a-GroundTruth.nii.gz"),
+        ("instance-1/lgt.nii.gz", "annotations/lgt.nii.gz"),
         ("segment1.nii.gz", "ct.segs.nii.gz"),
         ("unlabel.nii.gz", "un_label.nii.gz"),
     ],

@@ -308,7 +308,7 @@ def _files(folder: Path, deep: bool = False) -> list[Path]:
     """Files of a folder, without hidden ones (such as `._*` in archives from macOS).
 
     Raises:
-        DataError: a folder that may not be read; its cases would be missed without a word.
+        OSError: a folder that may not be read.
     """
     if not folder.is_dir():
         return []
@@ -319,14 +319,7 @@ def _files(folder: Path, deep: bool = False) -> list[Path]:
 def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
     """All files under a folder; linked folders too, each real one once, so that circles end."""
     seen.add(folder.resolve())
-    try:
-        entries = sorted(folder.iterdir())
-    except PermissionError:
-        raise fault(
-            "E-UNREADABLE", folder, "a folder that may not be read", "read access to all of it",
-            "change its permissions, or move it out of the data folder",
-        ) from None  # fmt: skip
-    for path in entries:
+    for path in sorted(folder.iterdir()):
         if not path.is_dir():
             yield path
         elif not path.name.startswith(".") and path.resolve() not in seen:

@@ -51,9 +51,23 @@ def find(
 
     Raises:
         ConfigError: `group_pattern` is no regular expression, or has no group.
-        DataError: no such folder, no volume in it, duplicate ids, listed files that are absent.
+        DataError: no such folder, no volume in it, duplicate ids, listed files that are absent,
+            a folder that may not be read.
     """
     root, pattern = Path(folder), _patient_pattern(group_pattern)
+    try:
+        return _find(root, pattern, progress)
+    except PermissionError as error:  # cases in there would be missed without a word
+        raise fault(
+            "E-UNREADABLE", Path(error.filename or root), "a folder that may not be read",
+            "read access to all of it",
+            "change its permissions, or move it out of the data folder",
+        ) from None  # fmt: skip
+
+
+def _find(
+    root: Path, pattern: re.Pattern[str] | None, progress: Callable[[int, int], None] | None
+) -> FoundCases:
     if not root.is_dir() and not is_case_list(root):
         raise fault(
             "E-NO-FOLDER", root, "no such folder", "a folder of volumes", "check the path of --data"

@@ -101,9 +101,11 @@ def test_linked_folders_are_searched_each_real_one_once(source, tmp_path):
     assert len(find_cases(tmp_path / "links")) == 3
 
 
-def test_a_folder_that_may_not_be_read_is_no_empty_one(source, tmp_path, monkeypatch):
-    closed, listing = source / "closed", Path.iterdir
+@pytest.mark.parametrize("inner", ["closed", "imagesTr", "img"])
+def test_a_folder_that_may_not_be_read_is_no_empty_one(source, tmp_path, monkeypatch, inner):
+    closed, listing = source / inner, Path.iterdir
     closed.mkdir()
+    (source / "label").mkdir()
 
     def refuse(folder):
         if folder == closed:
@@ -111,8 +113,26 @@ def test_a_folder_that_may_not_be_read_is_no_empty_one(source, tmp_path, monkeyp
         return listing(folder)
 
     monkeypatch.setattr(Path, "iterdir", refuse)
-    with pytest.raises(DataError, match=r"E-UNREADABLE.*closed.*permissions"):
+    with pytest.raises(DataError, match=rf"E-UNREADABLE.*{inner}.*permissions"):
         find_cases(source)
+
+
+@pytest.mark.parametrize("file", ["imagesTr/c.nii.gz", "labelsTr/c.nii.gz", "imagesTr"])
+def test_files_that_may_not_be_looked_at_are_not_said_to_be_absent(tmp_path, monkeypatch, file):
+    """In a folder that may be listed and not entered."""
+    for folder in ("imagesTr", "labelsTr"):
+        write_nifti(tmp_path / "DOE JANE" / folder / "c.nii.gz", ct_like())
+    closed, stat = tmp_path / "DOE JANE" / file, Path.stat
+
+    def refuse(path, **options):
+        if path == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(DataError, match=r"^E-UNREADABLE: [^\n]*permissions") as refused:
+        find_cases(tmp_path / "DOE JANE")
+    assert "DOE" not in str(refused.value)
 
 
 def test_links_that_lead_in_a_circle_end_in_one_line(source, tmp_path):

@@ -18,6 +18,7 @@ from spark3d.data.dataset_json import (
     inside,
 )
 from spark3d.data.io import SUFFIXES, Source, stem
+from spark3d.data.names import safe_name
 from spark3d.data.series import NO_SLICES, sort_series
 
 PREDICTED = "predict.json"
@@ -222,9 +223,10 @@ def _check_channels(root: Path, found: dict[str, list[Path]], declared: int) -> 
         if [stem(path)[-4:] for path in files] != wanted and (count > 1 or len(files) > 1)
     ]
     if wrong:
+        names = ", ".join(safe_name(case_id, "*") for case_id in wrong[:8])
         raise fault(
             "E-CHANNELS", root, f"cases without exactly the channels {', '.join(wanted)}: "
-            f"{', '.join(wrong[:8])}{f' and {len(wrong) - 8} more' if wrong[8:] else ''}",
+            f"{names}{f' and {len(wrong) - 8} more' if wrong[8:] else ''}",
             f"{count} files per case", "complete these cases, or correct channel_names",
         )  # fmt: skip
 

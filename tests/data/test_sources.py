@@ -114,6 +114,14 @@ def test_an_nnunet_dataset_with_two_channels(tmp_path):
     assert (seven.section, nine.section) == ("training", "test")
 
 
+def test_cases_without_a_channel_are_named_by_what_may_be_shown(tmp_path):
+    touch(tmp_path, "imagesTr/DOE JANE_0001.nii.gz", "imagesTr/case_7_0001.nii.gz")
+    channels = {"channel_names": {"0": "CT", "1": "PET"}}
+    (tmp_path / "dataset.json").write_text(json.dumps(channels))
+    with pytest.raises(DataError, match=r"^E-CHANNELS: .*channels 0000, 0001: \*, case_7; "):
+        find(tmp_path)
+
+
 def test_images_and_labels_without_a_description(tmp_path):
     touch(tmp_path, "imagesTr/a.nii.gz", "imagesTr/b.nii.gz", "labelsTr/a.nii.gz")
     touch(tmp_path, "labelsTr/b.nii.gz")

@@ -83,6 +83,7 @@ def prepare(
         max_bad: failed cases to accept; None accepts no labelled case and one unlabelled in 100. A
             share alone must not fail more cases than that of the whole set; `finalize` judges all.
         shard: (i, n) takes the i-th of n shares of the cases, i from 0; `finalize` then ends it.
+            What shares of another count told before is removed.
         memory_gib: start no further case beyond this; None is half of the machine's memory.
         verify: read all of what is there already, and prepare again what was damaged.
 
@@ -100,6 +101,8 @@ def prepare(
     with StoreWriter(out, spec.settings(), None if shard is None else shard[0]) as writer:
         if shard is None:
             remove_temporaries(out)
+        else:
+            _remove_other_counts(out, shard[1])
         todo = []
         for job in (Job(case, spec, out) for case in mine):
             if is_current(job, verify):
@@ -127,6 +130,7 @@ def prepare(
         else:
             labelled, bad_labelled = _labelled(mine, report.failed)
             outcome |= {"labelled": labelled, "bad_labelled": bad_labelled}
+            outcome["listed"] = {"cases": len(cases), "hash": _ids_hash(cases)}
             _write_changed(_outcome_path(out, shard), outcome)
     return report
 
@@ -143,7 +147,7 @@ def finalize(out: Path | str, max_bad: int | None = None) -> int:
 
     Raises:
         DataError: no share, a share is missing, altered or of an earlier version, shares of
-            different counts, or more failures than `max_bad`.
+            different counts or different lists of cases, or more failures than `max_bad`.
     """
     out = Path(out)
     settings = read_head(out)["settings"]
@@ -152,7 +156,8 @@ def finalize(out: Path | str, max_bad: int | None = None) -> int:
     if len(counts) != 1:
         raise fault(
             "E-SHARDS", out, f"shares counted out of {sorted(counts) or 'nothing'}",
-            "all shares of one count", "run every share with the same --shard I/N",
+            "all shares of one count", "run every share with the same --shard I/N, which removes "
+            "the outcomes of another N",
         )  # fmt: skip
     n = counts.pop()
     missing = [i for i in range(n) if not _outcome_path(out, (i, n)).exists()]
@@ -162,10 +167,17 @@ def finalize(out: Path | str, max_bad: int | None = None) -> int:
             "run these shares, then finalize again",
         )  # fmt: skip
     parts = [unsealed(path, "the outcome of a share") for path in paths]
-    if not all("labelled" in part for part in parts):
+    again = "run every share again (cases that are there stay), then finalize again"
+    if not all("labelled" in part and "listed" in part for part in parts):
         raise fault(
-            "E-SHARDS", out, "shares of an earlier version", "how many labelled cases each had",
-            "run every share again (cases that are there stay), then finalize again",
+            "E-SHARDS", out, "shares of an earlier version",
+            "how many labelled cases each had, and of which list", again,
+        )  # fmt: skip
+    if len({part["listed"]["hash"] for part in parts}) > 1:
+        sizes = sorted({str(part["listed"]["cases"]) for part in parts})
+        raise fault(
+            "E-SHARDS", out, f"shares of different lists of cases ({' or '.join(sizes)} cases)",
+            "the same cases for all of them", again,
         )  # fmt: skip
     kept = sorted(case for part in parts for case in part["kept"])
     failed = {case: why for part in parts for case, why in part["failed"].items()}
@@ -219,6 +231,18 @@ def _with_spacing(spec: PrepareSpec, cases: Sequence[CaseSource], out: Path) -> 
 
 def _outcome_path(out: Path, shard: tuple[int, int]) -> Path:
     return out / "shards" / f"{shard[0]}-of-{shard[1]}.json"
+
+
+def _remove_other_counts(out: Path, n: int) -> None:
+    """Outcomes of shares of another count than `n`; they tell of a division that is given up."""
+    for path in (out / "shards").glob("*-of-*.json"):
+        if not path.stem.endswith(f"-of-{n}"):
+            path.unlink(missing_ok=True)
+
+
+def _ids_hash(cases: Sequence[CaseSource]) -> str:
+    """Of all ids, whatever their order."""
+    return xxhash.xxh3_128_hexdigest("\n".join(sorted(case.id for case in cases)).encode())
 
 
 def _share_of(case_id: str, n: int) -> int:

@@ -231,6 +231,30 @@ def test_shares_accept_as_many_bad_cases_as_one_run(
         assert accepted(*parts, lambda: finalize(folder / "s", max_bad)) == whole
 
 
+@given(data=st.data(), before=st.integers(1, 5), n_shares=st.integers(1, 5))
+def test_shares_of_another_count_or_list_do_not_count(tmp_path_factory, data, before, n_shares):
+    """A count that was given up is no dead end; a case that came meanwhile is not lost."""
+    folder = tmp_path_factory.mktemp("shares")
+    image = folder / "a.nii"
+    image.touch()
+    cases = [CaseSource(f"u{n}", image) for n in range(9)]
+    late = data.draw(st.sets(st.integers(0, n_shares - 1), min_size=1))
+    with pytest.MonkeyPatch.context() as patch:  # nothing is read or stored
+        patch.setattr(preparing, "run_jobs", lambda jobs, *_: [(job, None) for job in jobs])
+        patch.setattr(preparing, "_duplicates", lambda *_: [])
+        patch.setattr(preparing, "_end", lambda *_: None)
+        for n in data.draw(st.sets(st.integers(0, before - 1))):
+            prepare(cases, folder / "s", SPEC, shard=(n, before))
+        for n in range(n_shares):
+            prepare(cases[: 8 + (n in late)], folder / "s", SPEC, shard=(n, n_shares))
+        if len(late) < n_shares:
+            with pytest.raises(DataError, match=r"E-SHARDS.*\(8 or 9 cases\).*every share again"):
+                finalize(folder / "s")
+            for n in range(n_shares):
+                prepare(cases, folder / "s", SPEC, shard=(n, n_shares))
+        assert finalize(folder / "s") == 9
+
+
 def test_shares_of_an_earlier_version_are_run_again(source, tmp_path):
     """Their outcome does not tell how many labelled cases they had."""
     cases = find_cases(source)

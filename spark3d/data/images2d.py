@@ -256,10 +256,14 @@ def _refuse(error: OSError) -> NoReturn:
 
 
 def _identity(root: Path, names: Sequence[str]) -> str:
-    """One hash over the names and sizes of all files."""
+    """One hash over the names and sizes of all files; one that is not there has the size -1."""
     digest = hashlib.sha256()
     for name in names:
-        line = f"{name} {(root / name).stat().st_size}\n"
+        try:
+            size = (root / name).stat().st_size
+        except OSError:  # decoding will say what it is
+            size = -1
+        line = f"{name} {size}\n"
         digest.update(line.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 

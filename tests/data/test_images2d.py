@@ -167,6 +167,17 @@ def test_a_file_that_may_not_be_read_is_told_without_its_path(folder, monkeypatc
     assert scan_images(folder, max_bad=0.5).bad == {"d.png": "Permission denied"}
 
 
+def test_links_that_lead_nowhere_or_in_a_circle_are_left_out_by_name(folder):
+    (folder / "gone.png").symlink_to("nowhere.png")
+    (folder / "self.jpg").symlink_to("self.jpg")
+    found = scan_images(folder, max_bad=0.5)
+    assert found.bad["gone.png"] == "No such file or directory"
+    assert "symbolic links" in found.bad["self.jpg"]
+    assert len(found.files) == 4
+    paint(folder / "nowhere.png")
+    assert scan_images(folder, max_bad=0.5, known=found.verdict()).identity != found.identity
+
+
 def test_all_unusable_is_an_error_whatever_the_limit(tmp_path):
     break_files(tmp_path / paint(tmp_path / "x" / "a.png").parent)
     (tmp_path / "x" / "a.png").unlink()

@@ -61,7 +61,7 @@ def read_notes(out: Path) -> dict[str, Any]:
 
 
 def scan_notes(images: ImageFolder, part: str = "") -> list[str]:
-    """How many images there are, which were left out and which will be converted."""
+    """How many images there are, which were left out and which will be converted; other files."""
     listed = [f"{name} ({reason})" for name, reason in list(images.bad.items())[:SHOWN]]
     more = f" and {len(images.bad) - SHOWN} more" if len(images.bad) > SHOWN else ""
     faults = f"{len(images.bad)} left out: {', '.join(listed)}{more}" if listed else "none left out"
@@ -69,6 +69,11 @@ def scan_notes(images: ImageFolder, part: str = "") -> list[str]:
     if images.converted:
         found = ", ".join(f"{count} of mode {mode}" for mode, count in images.converted.items())
         notes.append(f"read as RGB: {found}")
+    if images.passed_over:
+        counts = sorted(images.passed_over.items(), key=lambda item: (-item[1], item[0]))
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in counts)
+        total = sum(images.passed_over.values())
+        notes.append(f"passed over {total} files that are no PNG or JPEG ({kinds})")
     return notes
 
 

@@ -24,6 +24,10 @@ from spark3d.data.stream import Numbered, Sample
 from spark3d.errors import ConfigError, DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
+OTHER_SUFFIXES = (
+    ".tif", ".tiff", ".bmp", ".gif", ".webp", ".jp2", ".heic", ".avif", ".dcm", ".npy", ".zip",
+)  # fmt: skip
+NOTES = (".txt", ".json", ".csv", ".md")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 ASPECT = (3 / 4, 4 / 3)
@@ -46,6 +50,8 @@ class ImageFolder:
         identity: Hash over names and sizes of all that was found, bad files included.
         hashes: Of the bytes of each of `files`, `HASH_DIGITS` long, to tell the same image in two
             folders. An image that was saved anew has another one.
+        passed_over: How many files of each other suffix there are, but for notes and tables; a
+            suffix that is not well known counts as "other", as it may be part of a name.
     """
 
     folder: Path
@@ -54,6 +60,7 @@ class ImageFolder:
     converted: Mapping[str, int] = field(default_factory=dict)
     identity: str = ""
     hashes: tuple[str, ...] = ()
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
     def verdict(self) -> dict[str, Any]:
         """What need not be found out again as long as no name and no size changes."""
@@ -93,7 +100,7 @@ def scan_images(
     root = Path(folder)
     if not root.is_dir():
         raise DataError(f"{root}: found no such folder; give --data a folder of PNG or JPEG files")
-    names = sorted(_walk(root))
+    names, passed_over = _walk(root)
     if not names:
         raise DataError(
             f"{root}: found no file ending in {', '.join(SUFFIXES)}; give --data a folder of "
@@ -113,7 +120,7 @@ def scan_images(
             f"{' ...' if len(bad) > 3 else ''}; repair or remove them, or raise images.max_bad "
             f"above {len(bad) / len(names):.3g}"
         )
-    return ImageFolder(root, files, bad, modes, identity, hashes)
+    return ImageFolder(root, files, bad, modes, identity, hashes, passed_over)
 
 
 class ImageCrops(Numbered):
@@ -220,12 +227,14 @@ def resized_crop_box(
     return left, top, left + w, top + h
 
 
-def _walk(root: Path) -> list[str]:
-    """Images under a folder; in linked folders too, each real one once, so that circles end.
+def _walk(root: Path) -> tuple[list[str], dict[str, int]]:
+    """Images under a folder, sorted, and how many other files there are of each suffix.
 
-    What lies in the tree itself goes first, so that a link takes nothing away from its place.
+    Linked folders are searched too, each real one once, so that circles end. What lies in the tree
+    itself goes first, so that a link takes nothing away from its place.
     """
     names: list[str] = []
+    others: Counter[str] = Counter()
     seen: set[str] = set()
     tops = [str(root)]
     while tops:
@@ -240,11 +249,14 @@ def _walk(root: Path) -> list[str]:
                 folders[:] = sorted(name for name in folders if not name.startswith("."))
                 paths = [os.path.join(folder, name) for name in folders]
                 links += [path for path in paths if os.path.islink(path)]
-                for name in files:
-                    if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                for name in (name for name in files if not name.startswith(".")):
+                    suffix = Path(name).suffix.lower()
+                    if suffix in SUFFIXES:
                         names.append((Path(folder) / name).relative_to(root).as_posix())
+                    elif suffix not in NOTES:
+                        others[suffix if suffix in OTHER_SUFFIXES else "other"] += 1
         tops = links
-    return names
+    return sorted(names), dict(others)
 
 
 def _refuse(error: OSError) -> NoReturn:

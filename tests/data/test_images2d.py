@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import functional
 
+from spark3d.commands.image_folders import scan_notes
 from spark3d.data.images2d import (
     HASH_DIGITS,
     IMAGENET_MEAN,
@@ -23,6 +26,11 @@ from spark3d.data.images2d import (
 )
 from spark3d.data.stream import batches
 from spark3d.errors import ConfigError, DataError
+
+OTHERS = MappingProxyType(
+    {"b.tif": ".tif", "c.TIF": ".tif", "d.webp": ".webp", "e.Jane": "other", "Jane": "other"}
+)
+"""Files of other formats, and as what they are counted."""
 
 
 def paint(path: Path, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Path:
@@ -176,6 +184,20 @@ def test_links_that_lead_nowhere_or_in_a_circle_are_left_out_by_name(folder):
     assert len(found.files) == 4
     paint(folder / "nowhere.png")
     assert scan_images(folder, max_bad=0.5, known=found.verdict()).identity != found.identity
+
+
+@given(names=st.sets(st.sampled_from(list(OTHERS)), min_size=1))
+def test_files_of_other_formats_are_counted_aloud(tmp_path_factory, names):
+    folder = tmp_path_factory.mktemp("formats")
+    paint(folder / "a.png")
+    for name in (*names, "list.csv", "notes.TXT", ".DS_Store", ".hidden.tif"):
+        (folder / name).touch()
+    found = scan_images(folder)
+    assert found.files == ("a.png",)
+    assert found.passed_over == Counter(OTHERS[name] for name in names)
+    note = scan_notes(found)[-1]
+    assert note.startswith(f"passed over {len(names)} files that are no PNG or JPEG (")
+    assert "Jane" not in note
 
 
 def test_all_unusable_is_an_error_whatever_the_limit(tmp_path):

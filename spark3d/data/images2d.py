@@ -63,10 +63,14 @@ class ImageFolder:
     passed_over: Mapping[str, int] = field(default_factory=dict)
 
     def verdict(self) -> dict[str, Any]:
-        """What need not be found out again as long as no name and no size changes."""
+        """What need not be found out again as long as no name and no size changes.
+
+        It holds no name: a file that was left out is told by its place among all names.
+        """
+        names = sorted((*self.files, *self.bad))
         return {
             "identity": self.identity,
-            "bad": dict(self.bad),
+            "left_out": [[k, self.bad[name]] for k, name in enumerate(names) if name in self.bad],
             "converted": dict(self.converted),
             "hashes": "".join(self.hashes),
         }
@@ -107,8 +111,9 @@ def scan_images(
             "images, or --dims 3 for volumes"
         )
     identity = _identity(root, names)
-    if known and known.get("identity") == identity and "hashes" in known:
-        bad, modes = dict(known["bad"]), dict(known["converted"])
+    if known and known.get("identity") == identity and {"hashes", "left_out"} <= set(known):
+        bad = {names[place]: reason for place, reason in known["left_out"]}
+        modes = dict(known["converted"])
         hashes = _split(known["hashes"])
     else:
         bad, modes, hashes = _examine_all(root, names, threads, progress)

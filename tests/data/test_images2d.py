@@ -102,6 +102,7 @@ def test_hashes_tell_the_same_image_under_another_name(folder, monkeypatch):
     """Of the bytes of the usable files, in their order; a known verdict brings them along."""
     (folder / "dog" / "z.jpg").write_bytes((folder / "cat" / "c.jpg").read_bytes())
     (folder / "a_bad.jpg").write_text("no image")
+    (folder / "dog" / "bad.png").touch()
     found = scan_images(folder, max_bad=0.5)
     hashes = dict(zip(found.files, found.hashes, strict=True))
     assert hashes["dog/z.jpg"] == hashes["cat/c.jpg"]
@@ -109,8 +110,11 @@ def test_hashes_tell_the_same_image_under_another_name(folder, monkeypatch):
     assert {len(one) for one in hashes.values()} == {HASH_DIGITS}
 
     verdict = json.loads(json.dumps(found.verdict()))
-    old = {key: value for key, value in verdict.items() if key != "hashes"}
-    assert scan_images(folder, max_bad=0.5, known=old) == found  # read again
+    for key in ("hashes", "left_out"):
+        old = {**verdict, "bad": dict(found.bad)}
+        del old[key]
+        assert scan_images(folder, max_bad=0.5, known=old) == found  # read again
+    assert not any(name in json.dumps(verdict) for name in ("bad.", "dog", "cat", ".jpg", ".png"))
     monkeypatch.setattr("spark3d.data.images2d._examine", None)
     assert scan_images(folder, max_bad=0.5, known=verdict) == found
 

@@ -70,10 +70,11 @@ class ClassifyLossSection(Section):
 class ClassifyOptimSection(OptimSection):
     """As in pre-training, and what fine-tuning an image classifier adds.
 
-    The learning rate of each layer is `layer_decay` times that of the next deeper one, down from
-    the head; `layer_blocks` says how many blocks make a layer, for all stages or for each. `ema`
-    above 0 averages the weights with this decay and evaluates and saves the average; `ema_warmup`
-    lets the decay rise to it. `always_adapt` and `bias_correction` are LAMB's.
+    With encoder weights the learning rate of each layer is `layer_decay` times that of the next
+    deeper one, down from the head; from scratch all are the head's. `layer_blocks` says how many
+    blocks make a layer, for all stages or for each. `ema` above 0 averages the weights with this
+    decay and evaluates and saves the average; `ema_warmup` lets the decay rise to it.
+    `always_adapt` and `bias_correction` are LAMB's.
     """
 
     betas: tuple[Beta, Beta] = (0.9, 0.999)

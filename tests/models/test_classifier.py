@@ -5,6 +5,9 @@ import pytest
 import timm
 import torch
 
+from spark3d.build_images import layer_rates
+from spark3d.classify_recipe import ClassifyRecipe
+from spark3d.config import validate
 from spark3d.engine.optim import build_optimizer, rated_groups, set_step
 from spark3d.errors import ConfigError
 from spark3d.models.classifier import build_classifier, layer_numbers
@@ -125,6 +128,14 @@ def test_every_layer_gets_its_share_of_the_rate(name: str) -> None:
         group = found[id(parameter)]
         assert group["lr"] == pytest.approx(0.1 * rates[key])
         assert group["weight_decay"] == (0.02 if parameter.ndim > 1 else 0)
+
+
+def test_from_scratch_no_layer_learns_less_than_the_head() -> None:
+    net = build_classifier("timm/resnet10t", 2, {})
+    recipe = validate(ClassifyRecipe, {"optim": {"layer_decay": 0.5}})
+    assert set(layer_rates(net, recipe, pretrained=False).values()) == {1.0}
+    rates = layer_rates(net, recipe, pretrained=True)
+    assert (rates["fc.bias"], rates["layer4.0.conv1.weight"]) == (1.0, 0.5)
 
 
 def test_without_mixing_targets_are_smoothed_one_hot() -> None:

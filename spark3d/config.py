@@ -161,9 +161,10 @@ class FinetuneOptimSection(OptimSection):
 class ComputeSection(Section):
     """Where and how fast; never what. Devices and ranks are those of Lightning Fabric.
 
-    Several ranks draw the samples and masks of one. Two things are each rank's own: statistics of
-    batch norms (but for the encoder's on GPUs), and the share of cells that
-    `objective.min_variance` leaves out of the mean.
+    Several ranks draw the samples and masks of one. What is taken over a batch is each rank's own,
+    over its share: statistics of batch norms (but for the encoder's on GPUs), the cells that
+    `objective.min_variance` leaves out of the mean, the spectrum of `objective.average_spectrum`
+    (A2MIM), and what `loss.batch_dice` and `loss.foreground_weight` normalise by.
     """
 
     accelerator: str = "auto"

@@ -31,7 +31,7 @@ class Segmenter:
     Attributes:
         network: On the CPU, encoder weights loaded.
         report: Of that; None for a start from scratch.
-        rates: Learning rate relative to the rest, of every parameter from the encoder weights.
+        rates: Learning rate relative to the rest, of every key that came from the encoder weights.
         holds: The encoder's batch norms keep the statistics of pre-training.
     """
 
@@ -41,10 +41,13 @@ class Segmenter:
     holds: bool = False
 
     def ready(self, frozen: bool) -> None:
-        """Put the network in the mode of a training step; a frozen encoder holds its statistics."""
+        """Put the network in the mode of a training step; a frozen encoder holds its statistics.
+
+        The fresh norms of a decoder never do: they have none worth holding.
+        """
         self.network.train()
-        if self.holds or (frozen and self.rates):
-            hold_statistics(encoder_of(self.network))
+        if self.holds or frozen:
+            hold_statistics(self.network, self.rates)
 
 
 def segmenter(

@@ -67,15 +67,17 @@ def classifier(
     return net, network.to(memory_format=torch.channels_last), report  # type: ignore[call-overload]
 
 
-def layer_rates(net: Backbone, recipe: ClassifyRecipe) -> dict[str, float]:
+def layer_rates(net: Backbone, recipe: ClassifyRecipe, pretrained: bool) -> dict[str, float]:
     """Learning rate of every parameter relative to the head's: it falls with depth.
+
+    From scratch all rates are the head's, so that one recipe serves both arms of a comparison.
 
     Raises:
         ConfigError: `optim.layer_blocks` does not fit the network.
     """
     layers = layer_numbers(net, recipe.optim.layer_blocks)
-    last = max(layers.values())
-    return {name: recipe.optim.layer_decay ** (last - layer) for name, layer in layers.items()}
+    last, decay = max(layers.values()), recipe.optim.layer_decay if pretrained else 1.0
+    return {name: decay ** (last - layer) for name, layer in layers.items()}
 
 
 def set_up(

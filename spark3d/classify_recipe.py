@@ -6,6 +6,7 @@ from pydantic import Field
 
 from spark3d.config import (
     Auto,
+    Batch,
     Beta,
     ComputeSection,
     LogSection,
@@ -69,13 +70,17 @@ class ClassifyLossSection(Section):
 class ClassifyOptimSection(OptimSection):
     """As in pre-training, and what fine-tuning an image classifier adds.
 
-    The learning rate of each layer is `layer_decay` times that of the next deeper one, down from
-    the head; `layer_blocks` says how many blocks make a layer, for all stages or for each. `ema`
-    above 0 averages the weights with this decay and evaluates and saves the average; `ema_warmup`
-    lets the decay rise to it. `always_adapt` and `bias_correction` are LAMB's.
+    With encoder weights the learning rate of each layer is `layer_decay` times that of the next
+    deeper one, down from the head; from scratch all are the head's. `layer_blocks` says how many
+    blocks make a layer, for all stages or for each. `ema` above 0 averages the weights with this
+    decay and evaluates and saves the average; `ema_warmup` lets the decay rise to it.
+    `always_adapt` and `bias_correction` are LAMB's.
     """
 
     betas: tuple[Beta, Beta] = (0.9, 0.999)
+    steps: int = Field(default=2000, ge=1)
+    warmup: int = Field(default=100, ge=0)
+    batch: Batch = 64
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     layer_blocks: Sizes = 1
     ema: float = Field(default=0.0, ge=0, lt=1)
@@ -94,8 +99,6 @@ class ClassifyRecipe(Section):
     mix: MixSection = MixSection()
     model: ClassifierSection = ClassifierSection()
     loss: ClassifyLossSection = ClassifyLossSection()
-    optim: ClassifyOptimSection = ClassifyOptimSection(
-        lr=1e-3, weight_decay=0.05, steps=2000, warmup=100, batch=64
-    )
+    optim: ClassifyOptimSection = ClassifyOptimSection()
     compute: ComputeSection = ComputeSection()
     log: LogSection = LogSection()

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from spark3d.errors import ConfigError
 from spark3d.recipe_files import apply_override, find_recipe, read_yaml
 from spark3d.recipe_sections import (
+    AugmentSection,
     Auto,
     LossSection,
     ObjectiveSection,
@@ -24,6 +25,7 @@ from spark3d.recipe_sections import (
     ProtocolSection,
     ScoreSection,
     Section,
+    SegmentationAugmentSection,
     Sizes,
     SparKSection,
 )
@@ -32,9 +34,9 @@ __all__ = ["find_recipe", "read_yaml"]
 
 NEUTRAL = ("compute", "log", "probe")
 """Sections that never change results."""
-Probability = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Batch = Auto | Annotated[int, Field(ge=1)]
 
 
 class WindowSection(Section):
@@ -46,33 +48,6 @@ class WindowSection(Section):
     scale: float = Field(default=1.0, gt=0)
     mean: float | None = None
     std: float | None = None
-
-
-class AugmentSection(Section):
-    """Random changes of a crop; probabilities per draw, `flips` per axis (R, A, S in the store).
-
-    `swap` names label pairs that change places in a left-right mirror image; `rot90` is the
-    probability of quarter turns in the axial plane. `intensity` is the probability of a change of
-    contrast, of offset and of noise, or one for each in this order; `noise` is the highest
-    standard deviation and `shift` the largest offset, both in the network's intensity range.
-    """
-
-    affine: float = Field(default=0.5, ge=0, le=1)
-    degrees: float = Field(default=0.0, ge=0, le=180)
-    zoom: tuple[float, float] = (0.8, 1.25)
-    stretch: float = Field(default=0.1, ge=0, lt=1)
-    flips: tuple[float, ...] = (0.5, 0.5, 0.5)
-    swap: tuple[tuple[int, int], ...] = ()
-    rot90: Probability = 0.0
-    intensity: Probability | tuple[Probability, Probability, Probability] = 0.5
-    scale: float = Field(default=0.1, ge=0)
-    shift: float = Field(default=0.0, ge=0)
-    noise: float = Field(default=0.0, ge=0)
-
-
-SEGMENTATION_AUGMENT = AugmentSection(
-    degrees=15.0, zoom=(0.85, 1.2), stretch=0.0, flips=(0.0, 0.0, 0.0), shift=0.1, noise=0.05
-)
 
 
 class DataSection(Section):
@@ -91,6 +66,12 @@ class DataSection(Section):
     jitter: float = Field(default=0.25, ge=0, le=0.5)
     crops_per_case: int = Field(default=1, ge=1)
     augment: AugmentSection = AugmentSection()
+
+
+class FinetuneDataSection(DataSection):
+    """The same with the augmentation of fine-tuning."""
+
+    augment: SegmentationAugmentSection = SegmentationAugmentSection()  # pyright: ignore
 
 
 class ImagesSection(Section):
@@ -141,7 +122,7 @@ class OptimSection(Section):
     warmup: int = Field(default=200, ge=0)
     warmup_start: float = Field(default=0.005, ge=0, le=1)
     final: float = Field(default=0.001, ge=0, le=1)
-    batch: Auto | Annotated[int, Field(ge=1)] = "auto"
+    batch: Batch = "auto"
     clip: float = Field(default=5.0, gt=0)
     precision: Auto | Literal["32-true", "bf16-mixed"] = "32-true"
 
@@ -165,6 +146,11 @@ class FinetuneOptimSection(OptimSection):
     which takes less memory; losses that normalise over the batch then do so over a share.
     """
 
+    lr: float = Field(default=3e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    steps: int = Field(default=600, ge=1)
+    warmup: int = Field(default=60, ge=0)
+    batch: Batch = 2
     encoder_lr_ratio: float = Field(default=1.0, gt=0)
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     freeze_steps: int = Field(default=0, ge=0)
@@ -175,9 +161,10 @@ class FinetuneOptimSection(OptimSection):
 class ComputeSection(Section):
     """Where and how fast; never what. Devices and ranks are those of Lightning Fabric.
 
-    Several ranks draw the samples and masks of one. Two things are each rank's own: statistics of
-    batch norms (but for the encoder's on GPUs), and the share of cells that
-    `objective.min_variance` leaves out of the mean.
+    Several ranks draw the samples and masks of one. What is taken over a batch is each rank's own,
+    over its share: statistics of batch norms (but for the encoder's on GPUs), the cells that
+    `objective.min_variance` leaves out of the mean, the spectrum of `objective.average_spectrum`
+    (A2MIM), and what `loss.batch_dice` and `loss.foreground_weight` normalise by.
     """
 
     accelerator: str = "auto"
@@ -272,13 +259,11 @@ class FinetuneRecipe(Section):
 
     dims: Literal[2, 3] = 3
     seed: Seed = 0
-    data: DataSection = DataSection(augment=SEGMENTATION_AUGMENT)
+    data: FinetuneDataSection = FinetuneDataSection()
     split: SplitSection = SplitSection()
     model: SegmentModelSection = SegmentModelSection()
     loss: LossSection = LossSection()
-    optim: FinetuneOptimSection = FinetuneOptimSection(
-        lr=3e-3, weight_decay=0.01, steps=600, warmup=60, batch=2
-    )
+    optim: FinetuneOptimSection = FinetuneOptimSection()
     window_overlap: float = Field(default=0.5, ge=0, lt=1)
     score: ScoreSection = ScoreSection()
     protocol: ProtocolSection | None = None

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spark3d.config import FinetuneRecipe, ProtocolSection, load_recipe, resolve, validate
+from spark3d.config import (
+    AugmentSection,
+    FinetuneRecipe,
+    ProtocolSection,
+    load_recipe,
+    resolve,
+    to_tree,
+    validate,
+)
 from spark3d.errors import ConfigError, DataError
 from spark3d.recipe_files import apply_override, find_recipe, read_yaml
 
@@ -23,6 +31,8 @@ FREE = (
     "compute", "log",
 )  # fmt: skip
 """Keys, and sections, that a protocol leaves to the user."""
+SEALED_AUGMENT = to_tree(AugmentSection())
+"""What a protocol's `data.augment` leaves out is as it was when the protocols were sealed."""
 SMOKE_STEPS, SMOKE_CROP, SMOKE_COARSER = 4, 32, 4
 SMOKE_NOTE = "smoke run, shortened: no result"
 
@@ -65,6 +75,7 @@ class Protocol:
         tree: dict[str, Any] = json.loads(json.dumps(self.tree))
         for item in overrides:
             apply_override(tree, item)
+        tree["data"]["augment"] = {**SEALED_AUGMENT, **tree["data"]["augment"]}
         recipe = validate(FinetuneRecipe, tree, self.name)
         changes = shortened(recipe) if smoke else {}
         seal = ProtocolSection(name=self.name, sha256=self.sha256, smoke=smoke)

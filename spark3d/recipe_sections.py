@@ -1,4 +1,4 @@
-"""What every section of a recipe is; the sections of objectives, loss, probe and scores."""
+"""What every section of a recipe is; those of augmentation, objectives, loss, probe and scores."""
 
 from typing import Annotated, Literal
 
@@ -6,12 +6,46 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Auto = Literal["auto"]
 Sizes = int | tuple[int, ...]
+Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
     """A frozen group of keys that refuses unknown ones."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AugmentSection(Section):
+    """Random changes of a crop; probabilities per draw, `flips` per axis (R, A, S in the store).
+
+    `swap` names label pairs that change places in a left-right mirror image; `rot90` is the
+    probability of quarter turns in the axial plane. `intensity` is the probability of a change of
+    contrast, of offset and of noise, or one for each in this order; `noise` is the highest
+    standard deviation and `shift` the largest offset, both in the network's intensity range.
+    """
+
+    affine: float = Field(default=0.5, ge=0, le=1)
+    degrees: float = Field(default=0.0, ge=0, le=180)
+    zoom: tuple[float, float] = (0.8, 1.25)
+    stretch: float = Field(default=0.1, ge=0, lt=1)
+    flips: tuple[float, ...] = (0.5, 0.5, 0.5)
+    swap: tuple[tuple[int, int], ...] = ()
+    rot90: Probability = 0.0
+    intensity: Probability | tuple[Probability, Probability, Probability] = 0.5
+    scale: float = Field(default=0.1, ge=0)
+    shift: float = Field(default=0.0, ge=0)
+    noise: float = Field(default=0.0, ge=0)
+
+
+class SegmentationAugmentSection(AugmentSection):
+    """The same with what fine-tuning does unless a recipe says otherwise."""
+
+    degrees: float = Field(default=15.0, ge=0, le=180)
+    zoom: tuple[float, float] = (0.85, 1.2)
+    stretch: float = Field(default=0.0, ge=0, lt=1)
+    flips: tuple[float, ...] = (0.0, 0.0, 0.0)
+    shift: float = Field(default=0.1, ge=0)
+    noise: float = Field(default=0.05, ge=0)
 
 
 class SparKSection(Section):

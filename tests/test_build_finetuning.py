@@ -242,3 +242,28 @@ def test_statistics_are_kept_estimated_or_moved() -> None:
     assert not torch.equal(later, pretrained)
     first, later, own = after("estimate")
     torch.testing.assert_close(first, own, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("choice", "frozen"), [("hold", False), ("train", True)])
+@pytest.mark.parametrize(
+    ("backbone", "options"),
+    [
+        ("monai/segresnet", {**SEGRESNET, "norm": "batch"}),
+        ("monai/dynunet", {"filters": [4, 8, 8], "strides": [1, 2, 2], "norm_name": "batch"}),
+    ],
+)
+def test_a_decoder_of_the_networks_own_does_not_hold_its_fresh_statistics(
+    backbone: str, options: dict, choice: str, frozen: bool
+) -> None:
+    net = build_backbone(backbone, 2, 1, **options)
+    state = {k: v for k, v in net.network.state_dict().items() if k in net.encoder_keys}
+    model = {"backbone": backbone, "options": options, "balance": False, "batch_norm": choice}
+    recipe = validate(FinetuneRecipe, {"dims": 2, "model": model})
+    weights = state, Passport(backbone, 2, 1, options)
+    segmenter = build_finetuning.segmenter(recipe, 3, weights, lambda: torch.zeros(0))
+    segmenter.ready(frozen)
+    segmenter.network(torch.randn(2, 1, 32, 32) * 3 + 5)
+    means = {k: v for k, v in segmenter.network.state_dict().items() if k.endswith("running_mean")}
+    moved = {key for key, value in means.items() if value.any()}
+    assert not moved & state.keys()
+    assert moved >= {key for key in means if key.startswith(("up_layers", "upsamples"))} > set()

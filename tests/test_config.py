@@ -1,6 +1,8 @@
 """Recipes: strict, round-tripping, with errors that carry the remedy."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -76,6 +78,27 @@ def test_a_rate_of_the_encoder_is_for_fine_tuning_and_in_older_resolved_recipes(
     else:
         with pytest.raises(ConfigError, match=r"unknown key 'optim\.encoder_lr_ratio'"):
             validate(kind, tree)
+
+
+def leaves(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every key of a tree, alone in the sections around it."""
+    for key, value in tree.items():
+        for inner in leaves(value) if isinstance(value, dict) and value else [value]:
+            yield {key: inner}
+
+
+@pytest.mark.parametrize("kind", [PretrainRecipe, FinetuneRecipe, ClassifyRecipe])
+def test_to_name_one_key_leaves_the_defaults_of_its_neighbours(kind: type) -> None:
+    for tree in leaves(to_tree(kind())):
+        assert validate(kind, tree) == kind(), tree
+
+
+def test_a_recipe_of_a_crop_alone_keeps_what_fine_tuning_does(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("data: {crop: [64, 64, 32]}\noptim: {steps: 50}\n")
+    recipe = load_recipe(FinetuneRecipe, tmp_path / "mine.yaml", ["data.augment.noise=0.2"])
+    default = {"data.crop": (64, 64, 32), "optim.steps": 50, "data.augment.noise": 0.2}
+    assert recipe == resolve(FinetuneRecipe(), default)
+    assert (recipe.data.augment.degrees, recipe.optim.lr, recipe.optim.batch) == (15.0, 3e-3, 2)
 
 
 def test_scientific_notation_is_a_number_as_yaml_1_2_says() -> None:

@@ -83,6 +83,7 @@ def test_btcv_columns(name: str) -> None:
     assert data.augment.rot90 == turn
     assert data.augment.intensity == (scale, shift, 0.0)
     assert (data.augment.scale, data.augment.shift, data.augment.affine) == (0.1, 0.1, 0.0)
+    assert (data.augment.degrees, data.augment.zoom) == (0.0, (0.8, 1.25))  # as sealed
     assert (optim.name, optim.lr, optim.weight_decay) == ("adamw", lr, 1e-5)
     assert (optim.schedule, optim.steps, optim.warmup, optim.batch) == (schedule, steps, warmup, 4)
     assert recipe.window_overlap == overlap

@@ -53,7 +53,8 @@ def bench_core_command(
     """Measure what `out` does not hold yet, then print the table.
 
     Args:
-        out: JSON file of results; measurements of another machine or thread count are refused.
+        out: JSON file of results; those of another CPU, number of cores or of threads, or version
+            of torch are refused.
         measures: "time", "saved" (activations), "peak" (memory), "profile" (where time goes).
         quick: tiny networks, to see that everything runs.
         curve: cost over crop size and share of hidden cells instead of the main table.

@@ -11,6 +11,8 @@ from typing import Any
 from spark3d.engine.progress import step_progress
 from spark3d.errors import DataError
 
+MACHINE = ("cpu", "cores", "torch")
+"""What must not differ between the figures of one file."""
 log = logging.getLogger(__name__)
 
 
@@ -41,7 +43,11 @@ class Measurement:
 
 
 def complete(path: Path, document: dict[str, Any], wanted: Sequence[Measurement]) -> None:
-    """Measure what `document` lacks; each result is in the file as soon as it is known."""
+    """Measure what `document` lacks; each result is in the file as soon as it is known.
+
+    Raises:
+        DataError: the results so far are of another machine.
+    """
     missing = [one for one in wanted if one.key not in one.place(document["results"])]
     began = time.perf_counter()
     with step_progress("measuring", len(wanted), len(wanted) - len(missing)) as bar:
@@ -51,11 +57,24 @@ def complete(path: Path, document: dict[str, Any], wanted: Sequence[Measurement]
                 return
             bar.say(one.name)
             answer = one.run()
+            check_machine(path, document["machine"], answer.get("machine", {}))
             document["machine"] = answer.get("machine", document["machine"])
             one.place(document["results"])[one.key] = answer["result"]
             save(path, document)
             log.info("measured: %s", one.name)
             bar.advance()
+
+
+def check_machine(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to put results of two machines, or of two versions of torch, into one file.
+
+    Raises:
+        DataError: names what differs.
+    """
+    changed = [key for key in MACHINE if key in before and before[key] != now.get(key, before[key])]
+    if changed:
+        found = "; ".join(f"{key} {before[key]}, now {now[key]}" for key in changed)
+        raise DataError(f"{path} is of another machine ({found}): choose another file")
 
 
 def load(path: Path, subject: str, measured: Mapping[str, Any]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def classify_command(
         )
         if report is not None:
             log.info("%s", report)
-        rates = build_images.layer_rates(net, inputs.recipe)
+        rates = build_images.layer_rates(net, inputs.recipe, report is not None)
         if not synchronised:  # a synchronised norm refuses the CPU
             crops = torch.zeros(2, 3, *build_images.crop_size(inputs.recipe))
             rehearse(network, lambda: network(crops), net.name)

@@ -26,7 +26,14 @@ from spark3d.commands.stores import (
     some,
     volume_crops,
 )
-from spark3d.config import FinetuneRecipe, PretrainRecipe, resolve, to_tree
+from spark3d.config import (
+    DataSection,
+    FinetuneRecipe,
+    ImagesSection,
+    PretrainRecipe,
+    resolve,
+    to_tree,
+)
 from spark3d.data.images2d import ImageCrops, ImageFolder
 from spark3d.data.names import shown
 from spark3d.data.plan import suggest_plan
@@ -202,6 +209,7 @@ def pretrain_inputs(
 
 def check_early(recipe: PretrainRecipe) -> None:
     """Refuse what is wrong whatever the data are, before hours go into preparing them."""
+    check_sections(recipe)
     unit = crop_unit(recipe)
     crop, key = recipe.data.crop, "data.crop"
     if recipe.dims == 2:
@@ -217,6 +225,29 @@ def check_early(recipe: PretrainRecipe) -> None:
         name = "cells and strides of " if unit != network_stride(recipe) else "mask.cell_size="
         check_crop(size, unit, key, name, otherwise=", or set mask.pad=true")
         check_crop(size, network_stride(recipe), key, "mask.cell_size=", least=2)
+
+
+def check_sections(recipe: PretrainRecipe) -> None:
+    """Refuse settings of volumes for images and of images for volumes, which would do nothing.
+
+    `data.crop` has a check of its own: a resolved recipe for images repeats `images.crop` there.
+    """
+    images = recipe.dims == 2
+    name = "data" if images else "images"
+    given, plain = (recipe.data, DataSection()) if images else (recipe.images, ImagesSection())
+    usual = dict(plain)
+    unused = [
+        f"{name}.{key}"
+        for key, value in given
+        if value != usual[key] and not (images and key == "crop")
+    ]
+    if unused:
+        told = (
+            "for volumes, images have images.crop, images.scale and images.flip"
+            if images
+            else "for 2D images, volumes have data.crop and data.augment"
+        )
+        raise ConfigError(f"dims={recipe.dims}, but {', '.join(unused)}: {told}; leave it out")
 
 
 def crop_unit(recipe: PretrainRecipe) -> tuple[int, ...]:

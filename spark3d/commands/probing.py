@@ -123,12 +123,17 @@ def open_probe(inputs: PretrainInputs) -> Probe:
     """The probe of a resolved recipe.
 
     Raises:
-        ConfigError: labelled data that a probe of this run cannot read.
-        DataError: fewer than two labelled cases.
+        ConfigError: labelled data that a probe of this run cannot read, or never looks at.
+        DataError: fewer than two labelled cases, or no class in them.
     """
     recipe, section = inputs.recipe, inputs.recipe.probe
-    if not section.data or not section.every:
+    if not section.data:
         return Probe(section)
+    if not section.every:
+        raise ConfigError(
+            f"probe.data={section.data} is never looked at with probe.every=0; set probe.every to "
+            "the steps between two looks, or leave probe.data out"
+        )
     folder = Path(section.data)
     if inputs.spacing_mm is None or not is_store(folder):
         raise ConfigError(
@@ -142,9 +147,20 @@ def open_probe(inputs: PretrainInputs) -> Probe:
             f"{inputs.spacing_mm} mm; prepare it again at the spacing of the run"
         )
     labelled = [r for r in store.cases if r.has_label]
+    strange = sorted({r.channels for r in labelled} - {recipe.model.in_channels})
+    if strange:
+        raise ConfigError(
+            f"probe.data={folder} has volumes of {strange} channels, the run those of "
+            f"{recipe.model.in_channels}; give a store of volumes like the run's"
+        )
     train, test = sides(labelled, section.cases, folder)
     names = {value: name for name, value in (store.settings["labels"] or {}).items()}
     values = sorted({v for r in labelled for v in r.labels or () if v > 0})
+    if not values:
+        raise DataError(
+            f"probe.data={folder} has labels without any class; prepare labels that have one, or "
+            "leave probe.data out for figures only"
+        )
 
     def crops(ids: Sequence[str]) -> VolumeCrops:
         size = build.sizes(fixed(recipe.data.crop), recipe.dims, "data.crop")

@@ -84,8 +84,8 @@ class BadLossGuard:
         if self.in_a_row >= self.limit:
             raise NotFinite(
                 f"the loss was not finite in {self.in_a_row} steps in a row, the last at step "
-                f"{step} (samples {numbers}); the last good checkpoint is kept: lower optim.lr or "
-                "look at those samples"
+                f"{step} (samples {numbers}); the last good checkpoint is kept: look at those "
+                "samples, or start a new run with a lower optim.lr"
             )
 
 

@@ -44,7 +44,8 @@ def layer_numbers(backbone: Backbone, blocks: Sequence[int] | int = 1) -> dict[s
     """The layer of every parameter, for learning rates that fall with depth.
 
     Layer 0 is what comes before the first stage; every stage is cut into layers of `blocks`
-    consecutive blocks; the last layer is what comes after the last stage, such as the head.
+    consecutive blocks; what lies between two stages goes with the first layer of the second; the
+    last layer is what comes after the last stage, such as the head.
     ConvNeXt-S with 3 has the twelve inner layers of its authors, ResNet-50 with (3, 2, 3, 3) the
     six of official SparK.
 
@@ -62,26 +63,34 @@ def layer_numbers(backbone: Backbone, blocks: Sequence[int] | int = 1) -> dict[s
             f"optim.layer_blocks={list(per_stage)}: give one positive number, or one for each of "
             f"the {len(stages)} stages of {backbone.name}"
         )
-    inside = set(backbone.encoder_keys)
+    ahead = dict(zip(backbone.encoder_keys, backbone.depths, strict=True))
     names = [name for name, _ in backbone.network.named_parameters()]
     places = {name: _place(name, stages) for name in names}
     first, following = [], 1
     for stage, size in enumerate(per_stage):
-        deepest = max(place[1] for place in places.values() if place and place[0] == stage)
+        numbers = (place[1] for place in places.values() if place and place[0] == stage)
+        deepest = max(numbers, default=0)
         first.append(following)
         following += deepest // size + 1
+    between = {name: first[stage] if stage else 0 for name, stage in ahead.items()}
     return {
         name: first[place[0]] + place[1] // per_stage[place[0]]
         if (place := places[name])
-        else (0 if name in inside else following)
+        else between.get(name, following)
         for name in names
     }
 
 
 def _place(name: str, stages: Sequence[str]) -> tuple[int, int] | None:
-    """Stage and block of a parameter; down-sampling before the first block belongs to it."""
+    """Stage and block of a parameter; down-sampling before the first block belongs to it.
+
+    Blocks count from 0, but those of RegNets, `b1` and so on, from 1.
+    """
     for stage, prefix in enumerate(stages):
         if name.startswith(f"{prefix}."):
-            block = re.match(r"(?:blocks\.)?(\d+)\.", name[len(prefix) + 1 :])
+            inside = name[len(prefix) + 1 :]
+            if block := re.match(r"b(\d+)\.", inside):
+                return stage, int(block.group(1)) - 1
+            block = re.match(r"(?:blocks\.)?(\d+)\.", inside)
             return stage, int(block.group(1)) if block else 0
     return None

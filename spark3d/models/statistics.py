@@ -7,6 +7,8 @@ them by those of a few dense crops before the first step.
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -15,13 +17,17 @@ from torch.optim.swa_utils import update_bn
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
-def hold_statistics(network: nn.Module) -> None:
-    """Let the batch norms of a network in training use, and keep, their running statistics.
+def hold_statistics(network: nn.Module, keys: Container[str]) -> None:
+    """Let batch norms of a network in training use, and keep, their running statistics.
 
     `network.train()` undoes it; weights and biases of the norms train on.
+
+    Args:
+        network: In training.
+        keys: Of its state dict; the norms whose running statistics are among them are held.
     """
-    for module in network.modules():
-        if isinstance(module, BatchNorm):
+    for name, module in network.named_modules(remove_duplicate=False):
+        if isinstance(module, BatchNorm) and f"{name}.running_mean" in keys:
             module.eval()
 
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from timm.layers.grn import GlobalResponseNorm
 from timm.layers.norm import LayerNorm2d
+from timm.layers.squeeze_excite import SEModule
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
@@ -21,6 +22,14 @@ from spark3d.errors import ConfigError
 from spark3d.models.channel_norm import ChannelNorm
 
 DEPTHS = ("mean", "centre", "flat")
+ATTENTION = frozenset(
+    {
+        "bottleneck_attn", "cbam", "coord_attn", "eca", "gather_excite", "global_context",
+        "halo_attn", "lambda_layer", "non_local_attn", "selective_kernel", "split_attn",
+        "squeeze_excite",
+    }
+)  # fmt: skip
+"""Modules of `timm.layers` whose layers take the last two axes for all there are."""
 
 
 class ConvNeXtBlock3d(ConvNeXtBlock):
@@ -35,6 +44,18 @@ class ConvNeXtBlock3d(ConvNeXtBlock):
         if self.gamma is not None:
             y = y * self.gamma.view(1, -1, *(1,) * (y.ndim - 2))
         return self.drop_path(y) + self.shortcut(x)
+
+
+class SqueezeExcite3d(SEModule):
+    """timm's squeeze-excite over any number of axes."""
+
+    def forward(self, x: Float[Tensor, "b c *size"]) -> Float[Tensor, "b c *size"]:
+        module: Any = self
+        axes = tuple(range(2, x.ndim))
+        pooled = x.mean(axes, keepdim=True)
+        if self.add_maxpool:
+            pooled = 0.5 * pooled + 0.5 * x.amax(axes, keepdim=True)
+        return x * module.gate(module.fc2(module.act(module.bn(module.fc1(pooled)))))
 
 
 def to_volumetric(network: nn.Module, depth: str = "mean") -> nn.Module:
@@ -89,13 +110,24 @@ def _twin(name: str, layer: nn.Module, depth: str) -> nn.Module:
         return channels_last
     if type(layer) is ConvNeXtBlock:
         layer.__class__ = ConvNeXtBlock3d
+    elif type(layer) is SEModule:
+        layer.__class__ = SqueezeExcite3d
     elif type(layer) is GlobalResponseNorm:
         first = 1 if layer.channel_dim == -1 else 2
         layer.spatial_dim = tuple(range(first, first + 3))  # pyright: ignore
         layer.wb_shape = (1, 1, 1, 1, -1) if first == 1 else (1, -1, 1, 1, 1)  # pyright: ignore
-    elif type(layer).__name__.endswith("2d") and not name.startswith(("head", "global_pool")):
-        raise ConfigError(f"layer {name} is a {type(layer).__name__}, which has no 3D counterpart")
+    elif _needs_two_axes(layer) and not name.startswith(("head", "global_pool")):
+        raise ConfigError(
+            f"layer {name} is a {type(layer).__name__}, which has no 3D counterpart; choose a "
+            "ResNet or ConvNeXt without it"
+        )
     return layer
+
+
+def _needs_two_axes(layer: nn.Module) -> bool:
+    kind = type(layer)
+    package, _, module = kind.__module__.rpartition(".")
+    return kind.__name__.endswith("2d") or (package == "timm.layers" and module in ATTENTION)
 
 
 def _convolution(layer: nn.Conv2d, depth: str) -> nn.Conv3d:

@@ -133,6 +133,7 @@ BY_NAME: Mapping[str, type[Masked]] = MappingProxyType(
         "timm.layers.grn.GlobalResponseNorm": MaskedGlobalResponseNorm,
         "timm.layers.squeeze_excite.SEModule": MaskedSqueezeExcite,
         "timm.layers.squeeze_excite.EffectiveSEModule": MaskedSqueezeExcite,
+        "spark3d.models.volumetric.SqueezeExcite3d": MaskedSqueezeExcite,
         "timm.models._efficientnet_blocks.SqueezeExcite": MaskedEfficientNetSqueezeExcite,
         "monai.networks.layers.drop_path.DropPath": MaskedDropPath,
         "monai.networks.blocks.mednext_block.MedNeXtBlock": MaskedMedNeXtBlock,

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from spark3d.commands.bench_results import Measurement, complete, load
+from spark3d.errors import DataError
 
 
 def answer(value: int) -> dict[str, Any]:
@@ -39,6 +40,27 @@ def test_what_is_known_is_not_measured_again_and_a_failure_keeps_the_rest(tmp_pa
     again = [Measurement("a", fail, "x"), Measurement("b", lambda: answer(2), "x")]
     complete(out, load(out, "machine", {}), again)
     assert json.loads(out.read_text())["results"] == {"x": {"a": 1, "b": 2}}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"cpu": "slow"}, "cpu fast, now slow"),
+        ({"cores": 2}, "cores 64, now 2"),
+        ({"torch": "2.1"}, "torch 2.0, now 2.1"),
+    ],
+)
+def test_results_of_two_machines_do_not_get_into_one_file(
+    tmp_path: Path, change: dict, said: str
+) -> None:
+    out, here = tmp_path / "bench.json", {"cpu": "fast", "cores": 64, "torch": "2.0"}
+    first = Measurement("a", lambda: {"result": 1, "machine": here})
+    complete(out, load(out, "machine", {}), [first])
+    before = out.read_bytes()
+    second = Measurement("b", lambda: {"result": 2, "machine": {**here, **change}})
+    with pytest.raises(DataError, match=rf"is of another machine \({said}\): choose another file"):
+        complete(out, load(out, "machine", {}), [first, second])
+    assert out.read_bytes() == before
 
 
 def test_time_that_is_up_names_what_comes_next(

@@ -35,6 +35,7 @@ CONFIG, DATA, MACHINE = 2, 3, 4
         (["model.options={no_such: 1}"], "no_such"),
         (["data.crop=20"], "multiple of mask.cell_size=(8, 8, 8) along axis 0; the nearest that"),
         (["data.crop=8"], "holds 1 cell"),
+        (["images.flip=0.1"], "dims=3, but images.flip: for 2D images, volumes have data.crop"),
         (["mask.cell_size=[8, 8]"], "one for each of 3 axes"),
         (["mask.cell_size=2"], "monai/segresnet cannot be trained by this recipe: "),
         (["model.in_channels=2"], "the volumes have [1] channels"),
@@ -213,7 +214,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
     wild = ("optim.lr=1e30", "compute.checkpoint_every=1")
     line = fails(DATA, "pretrain", *PRETRAIN, *wild, "--data", store, "--out", out)
     assert "not finite in 5 steps in a row" in line
-    assert "lower optim.lr" in line
+    assert "start a new run with a lower optim.lr" in line
     assert not (out / "encoder.safetensors").exists()
     kept = sorted(file.name for file in (out / "checkpoints").glob("*.pt"))
     lines = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]

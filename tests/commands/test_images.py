@@ -104,6 +104,8 @@ def test_a_killed_run_ends_like_the_uninterrupted_one(
         (["model.in_channels=1"], 2, "set model.in_channels=3"),
         (["images.crop=60"], 2, "images.crop=(60, 60) is not a multiple of mask.cell_size"),
         (["data.crop=32"], 2, "leave data.crop out, or set images.crop"),
+        (["data.augment.flips=[1, 1]"], 2, "data.augment: for volumes, images have images.crop, "),
+        (["data.window={mode: unit}", "data.jitter=0"], 2, "but data.window, data.jitter: for"),
         (["images.max_bad=0.01"], 3, "class0/broken.jpg ("),
         (["model.backbone=timm/resnet19"], 2, "close names: resnet18"),
     ],

@@ -1,12 +1,18 @@
 """A probe says how the encoder does, and leaves the pre-training as it is, bit for bit."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 from conftest import PRETRAIN, Fails
 from test_resume import assert_same_pretraining
 
+from spark3d.commands import probing
 from spark3d.commands.pretrain import pretrain_command
 from spark3d.commands.report import report_command
+from spark3d.data.store import Store
 from spark3d.engine.logging import read_metrics
 
 LOOKS = ("probe.every=4", "probe.steps=5", "probe.crops=2", "probe.cases=1")
@@ -46,4 +52,31 @@ def test_probe_data_that_cannot_be_read_are_refused(
 ) -> None:
     words = ("pretrain", *PRETRAIN, *LOOKS, f"probe.data={volumes}", "--data", store, "--out", out)
     assert "must be a prepared store of labelled volumes" in fails(2, *words)
+    words = ("pretrain", *PRETRAIN, f"probe.data={store}", "--data", store, "--out", out)
+    assert "is never looked at with probe.every=0; set probe.every" in fails(2, *words)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        ({"channels": 2}, 2, "has volumes of [2] channels, the run those of 1"),
+        ({"labels": (0,)}, 3, "has labels without any class"),
+        ({"labels": None}, 3, "has 0 labelled cases"),
+    ],
+)
+def test_a_probe_store_of_other_volumes_is_refused_before_the_run(
+    store: Path, out: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch,
+    change: dict, code: int, said: str,
+) -> None:  # fmt: skip
+    opened = Store.open
+
+    def other(folder: Path) -> Store:
+        there: Any = opened(folder)
+        there.cases = tuple(replace(record, **change) for record in there.cases)
+        return there
+
+    monkeypatch.setattr(probing, "Store", SimpleNamespace(open=other))
+    words = ("pretrain", *PRETRAIN, *LOOKS, f"probe.data={store}", "--data", store, "--out", out)
+    assert said in fails(code, *words)
     assert not out.exists()

@@ -103,7 +103,7 @@ def test_the_guard_stops_after_its_limit_in_a_row_and_names_the_samples(
     for step, result in enumerate([bad, bad, good, bad, bad]):
         guard.check(result, step, [step])
     assert caplog.text.count("skipped: loss nan") == 4
-    with pytest.raises(NotFinite, match=r"3 steps in a row.*samples \[7, 8\]"):
+    with pytest.raises(NotFinite, match=r"3 steps in a row.*samples \[7, 8\].*start a new run"):
         guard.check(bad, 6, [7, 8])
 
 

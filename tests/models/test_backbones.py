@@ -9,6 +9,8 @@ from spark3d.errors import ConfigError, EnvironmentProblem
 from spark3d.models import resenc
 from spark3d.models.backbones import Backbone, build_backbone
 from spark3d.models.segmenter import stage_outputs
+from spark3d.sparse.encoder import SparseEncoder
+from spark3d.sparse.mask import CellMask
 
 ANISOTROPIC = {
     "strides": ((1, 1, 1), (1, 2, 2), (2, 2, 2)),
@@ -101,6 +103,8 @@ def test_stages_can_be_chosen() -> None:
         ("monai/segresnt", 3, {}, "try monai/segresnet"),
         ("timm/resnet5", 2, {}, "close names: resnet50"),
         ("timm/efficientnet_b0", 3, {}, "has no 3D twin"),
+        ("timm/ecaresnet26t", 3, {}, "is a EcaModule, which has no 3D counterpart; choose"),
+        ("timm/resnest14d", 3, {}, "is a SplitAttn, which has no 3D counterpart"),
         ("timm/resnet18", 1, {}, "2 or 3 axes"),
         ("monai/segresnet", 3, {"filters": 3}, "does not take these options"),
         ("monai/segresnet", 1, {}, "in 1D: .*can only be 2 or 3"),
@@ -117,6 +121,26 @@ def test_refusals_name_what_is_wrong(name: str, ndim: int, options: dict, messag
     """Every mistake of a user ends in a configuration error that says what to change."""
     with pytest.raises(ConfigError, match=message):
         build_backbone(name, ndim, 1, **options)
+
+
+@pytest.mark.parametrize("maxpool", [False, True])
+def test_squeeze_excite_in_3d_pools_over_all_axes(maxpool: bool) -> None:
+    """As in 2D over an image of the same values; masked, with all cells visible, the same."""
+    flat = build_backbone("timm/seresnet18", 2, 1).network.eval()
+    deep = build_backbone("timm/seresnet18", 3, 1, depth="flat").network.eval()
+    one = flat.get_submodule("layer1.0.se")
+    twin = deep.get_submodule("layer1.0.se")
+    one.add_maxpool = twin.add_maxpool = maxpool  # type: ignore[assignment]
+    for there, here in zip(twin.parameters(), one.parameters(), strict=True):
+        there.data = here.data.view_as(there)
+    x = torch.randn(2, 64, 4, 6, 8)
+    wanted = one(x.flatten(2, 3)).view_as(x)
+    torch.testing.assert_close(twin(x), wanted)
+    mask = CellMask(torch.ones(2, 1, 1, 1, dtype=torch.bool), (32, 32, 32), 1)
+    encoder = SparseEncoder(deep, ("layer1",), 3, backend="reference").eval()
+    crops = torch.randn(2, 1, 32, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(crops, mask).maps[0], encoder.dense(crops)[0])
 
 
 @pytest.mark.skipif(resenc.ResidualEncoderUNet is not None, reason="the extra is installed")

@@ -5,6 +5,9 @@ import pytest
 import timm
 import torch
 
+from spark3d.build_images import layer_rates
+from spark3d.classify_recipe import ClassifyRecipe
+from spark3d.config import validate
 from spark3d.engine.optim import build_optimizer, rated_groups, set_step
 from spark3d.errors import ConfigError
 from spark3d.models.classifier import build_classifier, layer_numbers
@@ -66,6 +69,44 @@ def test_the_layers_of_resnet50_are_those_of_official_spark() -> None:
     assert {name: layers[name] for name in first} == first
 
 
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        (
+            "timm/mobilenetv3_small_050",  # stages are blocks 0, 1, 3 and 5
+            {
+                "conv_stem.weight": 0, "blocks.1.1.conv_dw.weight": 3,
+                "blocks.2.0.conv_dw.weight": 4, "blocks.3.0.conv_dw.weight": 4,
+                "blocks.3.1.conv_dw.weight": 5, "blocks.4.2.conv_dw.weight": 6,
+                "blocks.5.0.conv.weight": 6, "conv_head.weight": 7,
+            },
+        ),
+        (
+            "timm/regnety_002",
+            {
+                "stem.conv.weight": 0, "s1.b1.conv1.conv.weight": 1, "s2.b1.conv1.conv.weight": 2,
+                "s3.b1.conv1.conv.weight": 3, "s3.b4.conv1.conv.weight": 6,
+                "s4.b7.conv1.conv.weight": 13, "head.fc.weight": 14,
+            },
+        ),
+        (
+            "timm/densenet121",
+            {
+                "features.conv0.weight": 0, "features.denseblock1.denselayer1.conv1.weight": 1,
+                "features.transition1.conv.weight": 2, "features.norm5.weight": 4,
+                "classifier.weight": 5,
+            },
+        ),
+        ("timm/vgg11_bn", {"features.0.weight": 0, "features.25.weight": 3, "head.fc.weight": 5}),
+    ],
+)  # fmt: skip
+def test_what_is_in_no_stage_goes_with_the_stage_it_leads_to(
+    name: str, first: dict[str, int]
+) -> None:
+    layers = layer_numbers(build_classifier(name, 5, {}))
+    assert {key: layers[key] for key in first} == first
+
+
 @pytest.mark.parametrize("blocks", [0, (1, 1, 1), (1, 2, 0, 1)])
 def test_impossible_layers_are_refused(blocks: object) -> None:
     net = build_classifier("timm/resnet10t", 2, {})
@@ -87,6 +128,14 @@ def test_every_layer_gets_its_share_of_the_rate(name: str) -> None:
         group = found[id(parameter)]
         assert group["lr"] == pytest.approx(0.1 * rates[key])
         assert group["weight_decay"] == (0.02 if parameter.ndim > 1 else 0)
+
+
+def test_from_scratch_no_layer_learns_less_than_the_head() -> None:
+    net = build_classifier("timm/resnet10t", 2, {})
+    recipe = validate(ClassifyRecipe, {"optim": {"layer_decay": 0.5}})
+    assert set(layer_rates(net, recipe, pretrained=False).values()) == {1.0}
+    rates = layer_rates(net, recipe, pretrained=True)
+    assert (rates["fc.bias"], rates["layer4.0.conv1.weight"]) == (1.0, 0.5)
 
 
 def test_without_mixing_targets_are_smoothed_one_hot() -> None:

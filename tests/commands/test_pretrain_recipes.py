@@ -25,7 +25,6 @@ TWO_STEPS = (
     "compute.workers=0",
     "compute.checkpoint_every=2",
     "log.tensorboard=false",
-    "images.max_bad=0.5",
 )
 RESNET = ("model.options.channels=[8, 16, 24, 32]", "model.options.layers=[1, 1, 1, 1]")
 CONVNEXT = ("model.options.dims=[8, 16, 24, 32]", "model.options.depths=[1, 1, 1, 1]")
@@ -63,15 +62,14 @@ SMALL_OBJECTIVE = {
 
 def shrunk(recipe: PretrainRecipe) -> tuple[str, ...]:
     """Overrides that make the networks and crops of a recipe small, and nothing else of it."""
-    crop = "images.crop=64"
+    data = ("images.crop=64", "images.max_bad=0.5")
     if recipe.dims == 3:
         side = {"monai/resnet50": 64}.get(recipe.model.backbone, 32)
-        crop = f"data.crop={side}"
+        data = (f"data.crop={side}", "data.spacing_mm=auto")
     return (
         *SMALL_NETWORK[recipe.model.backbone],
         *SMALL_OBJECTIVE[recipe.objective.name],
-        crop,
-        "data.spacing_mm=auto",
+        *data,
     )
 
 

@@ -205,7 +205,7 @@ def test_corrected_data_are_another_run(
     real = Store.voxel_hash
     corrected = {"case0": "another"}
     monkeypatch.setattr(Store, "voxel_hash", lambda s, case: corrected.get(case) or real(s, case))
-    with pytest.raises(ConfigError, match="is another run: data differ"):
+    with pytest.raises(ConfigError, match="stored voxels or labels of its cases changed"):
         repeated_finetuning(store, run, pretrained)
     record = json.loads((run / "run.json").read_text())
     del record["inputs"]["data"]

@@ -29,7 +29,7 @@ def record(case_id="a", size=(100, 90, 80), modality="CT", mean=30.0, group="", 
     stats = IntensityStats(-1000, 1500, mean, 200, -950, 1200)
     return CaseRecord(
         case_id, group or case_id, "training", modality, 1, size, (1.0, 1.0, 1.0), np.eye(4),
-        SourceGrid(size, np.eye(4)), 1.0, 0.0, content, (stats,), None, "",
+        SourceGrid(size, np.eye(4)), (1.0,), (0.0,), content, (stats,), None, "",
     )  # fmt: skip
 
 

@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--labels", default="8,32", help="label counts; the first is for tuning")
     parser.add_argument("--subsets", type=int, default=5, help="pairs of every label count")
+    parser.add_argument("--shuffled", type=int, default=2, help="subsets for shuffled weights")
     options = parser.parse_args()
     options.data, options.work = options.data.resolve(), options.work.resolve()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -198,7 +199,7 @@ def main() -> None:
             for seed in PRETRAIN_SEEDS:
                 run = options.work / f"pretrain-seed{seed}"
                 shuffle(run, options.work / f"shuffled-seed{seed}")
-            study(options, stage, [few], 2, steps, {"shuffled": best[PRE]})
+            study(options, stage, [few], options.shuffled, steps, {"shuffled": best[PRE]})
         else:  # scratch, given the time of pre-training too
             study(options, stage, [few], 2, total_steps(options), alone)
 

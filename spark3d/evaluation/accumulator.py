@@ -13,7 +13,8 @@ class Accumulator:
     """Sums of `weight * logits` over the rows `[origin, origin + thickness)` along one axis.
 
     Windows must come in the order of their start along `axis`. Rows before the start of the next
-    window can change no more: `advance` divides them by their weights and hands them out.
+    window can change no more: `advance` divides them by their weights, where they lie, and hands
+    them out.
 
     Args:
         classes: number of logits per voxel.
@@ -35,11 +36,11 @@ class Accumulator:
 
     @staticmethod
     def size_in_bytes(classes: int, size: Sequence[int], thickness: int, axis: int) -> int:
-        """Memory of the sums and of the finished rows handed out, in bytes."""
+        """Memory of the sums and of their weights, in bytes."""
         voxels = thickness
         for a, n in enumerate(size):
             voxels *= 1 if a == axis else n
-        return 4 * voxels * (2 * classes + 1)
+        return 4 * voxels * (classes + 1)
 
     def add(self, where: Sequence[slice], logits: Tensor, weight: Tensor) -> None:
         """Add the logits `(classes, *window)` of one window with the weights `(*window)`."""
@@ -52,21 +53,31 @@ class Accumulator:
         self.weight[tuple(local)].add_(weight)
 
     def advance(self, origin: int) -> Iterator[tuple[int, Tensor]]:
-        """Hand out the rows from the present origin up to `origin` as (first row, mean logits)."""
+        """Hand out the rows from the present origin up to `origin` as (first row, mean logits).
+
+        The logits are a view of the sums, good until the next rows are asked for.
+        """
         while self.origin < origin:
             rows = min(origin - self.origin, self.thickness)
-            yield self.origin, self._take(rows)
+            yield self.origin, self._finished(rows)
+            for sums, axis in ((self.logits, self.axis + 1), (self.weight, self.axis)):
+                _move_up(sums, axis, rows)
             self.origin += rows
 
-    def _take(self, rows: int) -> Tensor:
+    def _finished(self, rows: int) -> Tensor:
+        """The first rows' sums divided by their weights, in place."""
         weight = self.weight.narrow(self.axis, 0, rows)
         seen = weight > 0
-        done = self.logits.narrow(self.axis + 1, 0, rows) / weight.where(seen, 1)
+        done = self.logits.narrow(self.axis + 1, 0, rows).div_(weight.where(seen, 1))
         if not bool(seen.all()):
             done[1:].masked_fill_(~seen, EMPTY_LOGIT)
-        for sums, axis in ((self.logits, self.axis + 1), (self.weight, self.axis)):
-            rest = self.thickness - rows
-            kept = sums.narrow(axis, rows, rest).clone()
-            sums.narrow(axis, 0, rest).copy_(kept)
-            sums.narrow(axis, rest, rows).zero_()
         return done
+
+
+def _move_up(sums: Tensor, axis: int, rows: int) -> None:
+    """Drop the first rows; the others move to the front in pieces that do not overlap, then 0."""
+    rest = sums.shape[axis] - rows
+    for first in range(0, rest, rows):
+        n = min(rows, rest - first)
+        sums.narrow(axis, first, n).copy_(sums.narrow(axis, first + rows, n))
+    sums.narrow(axis, rest, rows).zero_()

@@ -8,7 +8,7 @@ from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
 
 from spark3d.errors import ConfigError
-from spark3d.evaluation.windows import WindowPlan
+from spark3d.evaluation.windows import WindowPlan, largest
 
 
 def monai_logits(
@@ -40,10 +40,10 @@ def monai_labels(
 ) -> Tensor:
     """Label map `(*size)`, uint8: the class with the largest blended logit.
 
-    Taken row by row, as an argmax of the whole volume would add a map of int64 to the peak.
+    Taken row by row, as all rows at once would add a map of int64 to the peak.
     """
     logits = monai_logits(network, volume, plan, options)
     labels = torch.empty(logits.shape[1:], dtype=torch.uint8)
     for row in range(len(labels)):
-        labels[row] = logits[:, row].argmax(0)
+        labels[row] = largest(logits[:, row])
     return labels

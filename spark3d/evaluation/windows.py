@@ -106,9 +106,17 @@ def predict_labels(
         if labels is None:
             dtype = torch.uint8 if rows.shape[0] <= 256 else torch.int16
             labels = torch.empty(volume.shape[1:], dtype=dtype)
-        labels[where] = rows.argmax(0).to("cpu", labels.dtype)
+        labels[where] = largest(rows).to("cpu", labels.dtype)
     assert labels is not None  # a volume has at least one row
     return labels
+
+
+def largest(logits: Tensor) -> Tensor:
+    """Class with the largest of the logits `(k, *size)`, the first of equals: int64 `(*size)`.
+
+    What `argmax` gives; faster than it on a CPU, where the classes of a voxel lie far apart.
+    """
+    return logits.max(0).indices
 
 
 class BySlice(nn.Module):

@@ -13,6 +13,7 @@ from spark3d.evaluation.accumulator import EMPTY_LOGIT, Accumulator
 from spark3d.evaluation.flips import mirrored_pairs
 from spark3d.evaluation.windows import (
     WindowPlan,
+    largest,
     predict_labels,
     predict_logits,
     window_slices,
@@ -186,6 +187,28 @@ def test_the_accumulator_moves_to_the_cpu_above_its_memory_bound_with_the_same_r
     bound = predict_logits(network, volume, WindowPlan((8, 8, 8), memory_bytes=0))
     torch.testing.assert_close(free, bound, rtol=0, atol=0)
     assert Accumulator.size_in_bytes(14, (512, 512, 300), 96, 0) < 14 * 512 * 512 * 300 * 4
+
+
+@given(classes=st.integers(1, 300), sizes=st.lists(st.integers(1, 9), min_size=1, max_size=3))
+def test_the_largest_class_is_that_of_argmax_the_first_of_equals(classes, sizes):
+    rng = torch.Generator().manual_seed(classes)
+    logits = torch.randint(0, 3, (classes, *sizes), generator=rng).float()
+    torch.testing.assert_close(largest(logits), logits.argmax(0), rtol=0, atol=0)
+
+
+def test_rows_handed_out_are_finished_and_the_others_move_up_whatever_the_overlap():
+    sums = Accumulator(2, (12, 3), 5, 0, torch.device("cpu"))
+    logits, weight = torch.randn(8, 2, 5, 3), torch.rand(5, 3) + 0.1
+    whole, weights = torch.zeros(2, 12, 3), torch.zeros(12, 3)
+    found = []
+    for start in range(8):  # every row but the first and last lies in several windows
+        found += [(first, rows.clone()) for first, rows in sums.advance(start)]
+        sums.add((slice(start, start + 5), slice(0, 3)), logits[start], weight)
+        whole[:, start : start + 5] += logits[start] * weight
+        weights[start : start + 5] += weight
+    found += [(first, rows.clone()) for first, rows in sums.advance(12)]
+    assert [first for first, _ in found] == list(range(8))
+    torch.testing.assert_close(torch.cat([rows for _, rows in found], 1), whole / weights)
 
 
 def test_the_network_is_left_in_the_mode_it_was_in_and_runs_in_evaluation_mode():

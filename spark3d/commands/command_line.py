@@ -23,6 +23,7 @@ PLACES = frozenset(
     }
 )  # fmt: skip
 """Options whose value is a path, whatever it looks like."""
+PACKAGE = Path(__file__).resolve().parents[1]
 PATH_KEYS = ("split.name", "probe.data")
 """Keys of recipes that may be paths."""
 
@@ -31,9 +32,10 @@ def recorded_command(words: Sequence[str] | None = None) -> list[str]:
     """Words of this command, paths replaced: `--data DATA`, `split.name=PATH`, `PATH`.
 
     Args:
-        words: after the program's name; by default those of this process.
+        words: after the program's name; by default those of this process, which may be a script
+            that calls a command: `python study.py --data DATA`.
     """
-    told, option = ["spark3d"], ""
+    told, option = ["spark3d"] if words is not None else _program(), ""
     for word in sys.argv[1:] if words is None else words:
         name, equals, value = word.partition("=")
         if option in PLACES:
@@ -46,6 +48,14 @@ def recorded_command(words: Sequence[str] | None = None) -> list[str]:
             told.append("PATH" if not equals and _is_path(word) else word)
         option = word if word.startswith("--") and not equals else ""
     return told
+
+
+def _program() -> list[str]:
+    """What was started: this package's own command, or a script of somebody's."""
+    started = Path(sys.argv[0])
+    script = started.suffix == ".py" and started.name != "__main__.py"
+    own = not script or started.resolve().is_relative_to(PACKAGE)
+    return ["spark3d"] if own else ["python", safe_name(started.name, "PATH")]
 
 
 def without_paths(recipe: R) -> R:

@@ -1,9 +1,11 @@
 """Records tell the command without any path; a path can be compared, not read."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
+import spark3d
 from spark3d.commands.command_line import place_mark, recorded_command, without_paths
 from spark3d.config import FinetuneRecipe, load_recipe
 
@@ -27,6 +29,22 @@ from spark3d.config import FinetuneRecipe, load_recipe
 )  # fmt: skip
 def test_paths_become_the_names_of_their_options(words: list[str], told: str) -> None:
     assert " ".join(recorded_command(words)) == f"spark3d {told}"
+
+
+@pytest.mark.parametrize(
+    ("started", "told"),
+    [
+        ("/usr/bin/spark3d", "spark3d --data DATA"),
+        (str(Path(spark3d.__file__).parent / "cli.py"), "spark3d --data DATA"),
+        ("/jane/doe/study.py", "python study.py --data DATA"),
+        ("/jane/doe/Doe Jane.py", "python PATH --data DATA"),
+    ],
+)
+def test_a_script_that_calls_a_command_is_told_as_one(
+    started: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [started, "--data", "/jane/doe"])
+    assert " ".join(recorded_command()) == told
 
 
 def test_files_that_are_there_are_paths_whatever_they_look_like(

@@ -45,7 +45,7 @@ STAGES = (
 
 
 LABELS = {"pairs4": 4, "pairs8": 8, "seen": 8, "pairs20": 20, "pairsall": None}
-SUBSETS = {"pairs4": 5, "pairs8": 5, "seen": 5, "pairs20": 3, "pairsall": 2}
+SUBSETS = {"pairs4": 5, "pairs8": 5, "seen": 5, "pairs20": 5, "pairsall": 2}
 """Pairs of a stage; `seen` scores those of pairs8 on cases whose images pre-training has seen."""
 
 
@@ -89,7 +89,7 @@ def jobs_of(stage: str, options: argparse.Namespace) -> list[Job]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--subsets", type=int, help="pairs of each stage, instead of 5, 3 or 2")
+    parser.add_argument("--subsets", type=int, help="pairs of each stage, instead of 5 (pairsall: 2)")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.data, options.work = options.data.resolve(), options.work.resolve()

@@ -89,7 +89,7 @@ def jobs_of(stage: str, options: argparse.Namespace) -> list[Job]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--subsets", type=int, help="pairs of each stage, instead of 5 (pairsall: 2)")
+    parser.add_argument("--subsets", type=int, help="pairs of each stage instead of 5 (all: 2)")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.data, options.work = options.data.resolve(), options.work.resolve()

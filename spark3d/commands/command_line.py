@@ -24,6 +24,7 @@ PLACES = frozenset(
 )  # fmt: skip
 """Options whose value is a path, whatever it looks like."""
 PACKAGE = Path(__file__).resolve().parents[1]
+"""A program that starts in this folder is `spark3d`."""
 PATH_KEYS = ("split.name", "probe.data")
 """Keys of recipes that may be paths."""
 
